@@ -1,0 +1,44 @@
+"""
+hf_mrpf: small vision models that still withstand adversarial attack.
+
+Module Robust Pruning and Fine-Tuning (arXiv 2410.15176) for timm and transformers backbones. Importing the package
+registers the model class with the Auto classes; everything heavier is loaded when it is first asked for.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from .modeling import PrunedConfig, PrunedForImageClassification
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "attacks": ("AttackConfig", "pgd_attack"),
+    "compress": ("compress",),
+    "config": ("MRPFConfig",),
+    "data": ("ImageData", "load_image_data"),
+    "efficiency": ("count_macs", "count_parameters", "measure_latency"),
+    "evaluation": ("RobustnessReport", "evaluate_robustness"),
+    "figures": ("plot_sensitivity",),
+    "allocation": ("ALLOCATIONS",),
+    "importance": ("IMPORTANCES",),
+    "objectives": ("OBJECTIVES", "ObjectiveOutput"),
+    "pruning": ("PruningPlan", "plan_pruning", "prune"),
+    "repair": ("recalibrate_batchnorm", "repair"),
+    "sensitivity": ("SensitivityResult", "module_robustness_sensitivity", "unit_sensitivity"),
+    "trainer": ("MRPFTrainer",),
+    "units": ("PruningUnit", "pruning_units"),
+}
+_HOME = {name: module for module, names in _LAZY.items() for name in names}
+
+__all__ = sorted([*_HOME, "PrunedConfig", "PrunedForImageClassification"])
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

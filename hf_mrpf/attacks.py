@@ -1,0 +1,306 @@
+"""Projected gradient descent on pixels in [0, 1], and the guards every attack needs."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# A pixel moves by at most 1; published l2 threat models use 0.5 (at 32x32) to 3 (at 224x224).
+MAX_EPS = {"linf": 1.0, "l2": 16.0}
+
+
+@dataclass(frozen=True)
+class AttackConfig:
+    """
+    Threat model and strength of a projected gradient attack (PGD, [Madry et al.](https://huggingface.co/papers/1706.06083)).
+
+    Args:
+        norm (`str`, *optional*, defaults to `"linf"`):
+            Norm that bounds the perturbation of one image: `"linf"` (any pixel) or `"l2"` (the whole image).
+        eps (`float`, *optional*, defaults to `8/255`):
+            Radius of the ball, in pixels that run from 0 to 1; at most 1 for `"linf"` and 16 for `"l2"`. 0 leaves the
+            images as they are.
+        step_size (`float`, *optional*):
+            Length of one step, in the units of `eps`. Defaults to `2.5 * eps / num_steps`: 2/255 here.
+        num_steps (`int`, *optional*, defaults to `10`):
+            Number of steps, at least 1.
+        random_start (`bool`, *optional*, defaults to `True`):
+            Whether to start at a random point of the ball instead of at the image.
+
+    Raises:
+        ValueError: If a value is unknown, of the wrong type or out of range, as when 8 is given for 8/255.
+    """
+
+    norm: str = "linf"
+    eps: float = 8 / 255
+    step_size: float | None = None
+    num_steps: int = 10
+    random_start: bool = True
+
+    def __post_init__(self) -> None:
+        if self.norm not in MAX_EPS:
+            raise ValueError(f"norm is {self.norm!r}; known norms: {', '.join(MAX_EPS)}.")
+        largest = MAX_EPS[self.norm]
+        if not _is_number(self.eps) or not 0 <= self.eps <= largest:
+            too_large = _is_number(self.eps) and self.eps > largest
+            hint = f" Is it {self.eps:g} given where {self.eps:g}/255 was meant?" if too_large else ""
+            raise ValueError(
+                f"eps is {self.eps!r}; it must be a number in [0, {largest:g}] for {self.norm}, "
+                f"as pixels run from 0 to 1.{hint}"
+            )
+        if self.step_size is not None and (not _is_number(self.step_size) or not 0 < self.step_size <= 2 * largest):
+            raise ValueError(
+                f"step_size is {self.step_size!r}; it must be a number in (0, {2 * largest:g}] in pixels from 0 to 1 "
+                f"for {self.norm}, or None for 2.5 * eps / num_steps."
+            )
+        if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 1:
+            raise ValueError(f"num_steps is {self.num_steps!r}; it must be an integer of at least 1.")
+        if not isinstance(self.random_start, bool):
+            raise ValueError(f"random_start is {self.random_start!r}; it must be True or False.")
+
+    @property
+    def step(self) -> float:
+        """Length of one step: `step_size`, or `2.5 * eps / num_steps` where that is None."""
+        return 2.5 * self.eps / self.num_steps if self.step_size is None else self.step_size
+
+    def describe(self) -> str:
+        """Short text for tables and logs: `"linf eps=0.0314 10x0.0078"`."""
+        return f"{self.norm} eps={self.eps:.4f} {self.num_steps}x{self.step:.4f}"
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits `[N, C]` of a model's output: the tensor itself, or its `.logits`."""
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"the model returned {type(output).__name__}; it must return a tensor of logits or an output with .logits."
+        )
+    return logits
+
+
+def check_pixels(images: Tensor) -> None:
+    """
+    Refuse images that are not float pixels of shape `[N, 3, H, W]` in [0, 1].
+
+    Raises:
+        ValueError: If the images are integers, of half precision, of another shape, not finite, or outside [0, 1] as
+            normalised pixels are.
+    """
+    if not isinstance(images, Tensor):
+        raise ValueError(
+            f"images are {type(images).__name__}; a float tensor [N, 3, H, W] with pixels in [0, 1] is needed."
+        )
+    if images.dtype not in (torch.float32, torch.float64):
+        advice = (
+            "divide them by 255"
+            if not images.is_floating_point()
+            else "it is coarser than an attack's steps; the model may compute in another dtype"
+        )
+        raise ValueError(f"images are {images.dtype}; float32 pixels in [0, 1] are needed: {advice}.")
+    if images.ndim != 4 or images.shape[1] != 3:
+        advice = "; repeat the grey channel three times" if images.ndim == 4 and images.shape[1] == 1 else ""
+        raise ValueError(f"images have shape {list(images.shape)}; [N, 3, H, W] is needed{advice}.")
+    if images.numel() == 0:
+        return
+    low, high = torch.stack(torch.aminmax(images.detach())).tolist()
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError("images hold pixels that are not finite (NaN or infinity).")
+    if low < 0 or high > 1:
+        raise ValueError(
+            f"pixels run from {low:.4g} to {high:.4g}; they must stay in [0, 1]: hand over plain pixels, the model "
+            "normalises them itself."
+        )
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put `model` in eval mode; afterwards every module has its own mode back, also after an exception."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Stop the gradients of all parameters; afterwards each has its own flag back, also after an exception."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for parameter, _ in flags:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of class indices `[N]`, summed over the batch (nats)."""
+    return F.cross_entropy(logits, labels, reduction="sum")
+
+
+def kl_divergence(logits: Tensor, clean_logits: Tensor) -> Tensor:
+    """KL(clean || logits), summed over the batch (nats); the inner loss of TRADES, arXiv 1901.08573."""
+    # log_softmax on both sides: raw probabilities underflow to 0 and give NaN.
+    return F.kl_div(F.log_softmax(logits, 1), F.log_softmax(clean_logits, 1), reduction="sum", log_target=True)
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """Largest other logit minus the true one, summed over the batch (after Carlini and Wagner, arXiv 1608.04644)."""
+    true = logits.gather(1, labels[:, None])
+    others = logits.scatter(1, labels[:, None], -math.inf)
+    return (others.max(1, keepdim=True).values - true).sum()
+
+
+def pgd_attack(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    attack: AttackConfig,
+    *,
+    loss: str = "ce",
+    start: Tensor | None = None,
+) -> Tensor:
+    """
+    Search the ball around each image for the point that maximises the loss, by projected gradient steps.
+
+    The model is attacked in eval mode with its parameters frozen; its modes, flags and `.grad` are left as they were.
+    The loss is summed over the batch, so an image's result does not depend on the others. Works under
+    `torch.no_grad()`.
+
+    Args:
+        model (`nn.Module`):
+            Takes pixels in [0, 1] and returns logits, or an output with `.logits`.
+        images (`Tensor` of shape `[N, 3, H, W]`):
+            Float pixels in [0, 1].
+        labels (`Tensor`):
+            Class indices `[N]`; for `loss="kl"` the clean logits `[N, C]`, held constant.
+        attack ([`AttackConfig`]):
+            Norm, radius, steps and start.
+        loss (`str`, *optional*, defaults to `"ce"`):
+            What is maximised, a key of `LOSSES`: `"ce"`, `"kl"` or `"margin"`.
+        start (`Tensor` of the shape of `images`, *optional*):
+            First iterate, taken as it is: it is projected after the first step, not before. Defaults to a random point
+            of the ball (global generator) where `attack.random_start`, else to the images.
+
+    Returns:
+        `Tensor` of the shape of `images`: detached, within `attack.eps` of the images and within [0, 1].
+
+    Raises:
+        ValueError: If the images are no pixels in [0, 1], labels or start do not fit them, or the loss is unknown.
+    """
+    if loss not in LOSSES:
+        raise ValueError(f"loss is {loss!r}; known losses: {', '.join(LOSSES)}.")
+    check_pixels(images)
+    _check_labels(labels, len(images), logits=loss == "kl")
+    if start is not None and start.shape != images.shape:
+        raise ValueError(
+            f"start has shape {list(start.shape)}, the images {list(images.shape)}; they must be the same."
+        )
+    images, labels = images.detach(), labels.detach()
+    if attack.eps == 0:
+        return images.clone()
+    if start is None:
+        start = _random_start(images, attack, None) if attack.random_start else images
+    adversarial = start.detach().clone()
+    with eval_mode(model), frozen(model):
+        for _ in range(attack.num_steps):
+            with torch.enable_grad():
+                value = LOSSES[loss](logits_of(model(adversarial.requires_grad_())), labels)
+                (gradient,) = torch.autograd.grad(value, adversarial)
+            with torch.no_grad():
+                adversarial.requires_grad_(False)
+                STEPS[attack.norm](adversarial, gradient, images, attack)
+    return adversarial
+
+
+def keyed_start(images: Tensor, indices: Sequence[int] | Tensor, attack: AttackConfig, seed: int) -> Tensor:
+    """
+    Random start of an attack in which the noise of an image depends on its index and the seed alone.
+
+    Batch size, order, sharding, device and the global generator change nothing.
+
+    Args:
+        images (`Tensor` of shape `[N, 3, H, W]`):
+            Pixels in [0, 1].
+        indices (`Sequence[int]` or `Tensor` of shape `[N]`):
+            Index of each image in its data set, at least 0.
+        attack ([`AttackConfig`]):
+            Norm and radius; the images come back unchanged where `random_start` is off.
+        seed (`int`):
+            At least 0.
+
+    Returns:
+        `Tensor` of the shape of `images`, within the ball and within [0, 1].
+
+    Raises:
+        ValueError: If there is not one index per image, or an index or the seed is negative.
+    """
+    keys = [int(index) for index in indices]
+    if len(keys) != len(images):
+        raise ValueError(f"{len(keys)} indices are given for {len(images)} images; one per image is needed.")
+    if seed < 0 or any(key < 0 for key in keys):
+        raise ValueError(
+            f"seed and indices must be at least 0; the seed is {seed}, the smallest index {min(keys, default=0)}."
+        )
+    if not attack.random_start or attack.eps == 0 or not keys:
+        return images
+    starts = []
+    for image, key in zip(images.detach().cpu().split(1), keys, strict=True):
+        # torch's CPU generator takes 32 bits of its seed: the pair is hashed, not added.
+        entropy = int(np.random.SeedSequence([seed, key]).generate_state(1)[0])
+        starts.append(_random_start(image, attack, torch.Generator().manual_seed(entropy)))
+    return torch.cat(starts).to(images.device)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_labels(labels: Tensor, count: int, *, logits: bool) -> None:
+    if logits:
+        fits, needed = labels.is_floating_point() and labels.ndim == 2, f"clean logits [{count}, C]"
+    else:
+        fits, needed = labels.dtype == torch.int64 and labels.ndim == 1, f"int64 class indices [{count}]"
+    if not fits or len(labels) != count:
+        raise ValueError(f"labels are {labels.dtype} of shape {list(labels.shape)}; {needed} are needed.")
+
+
+def _random_start(images: Tensor, attack: AttackConfig, generator: torch.Generator | None) -> Tensor:
+    """Uniform in the cube for linf; for l2 a uniform direction at a uniform distance. Clamped to [0, 1]."""
+    if attack.norm == "linf":
+        noise = torch.empty_like(images).uniform_(-attack.eps, attack.eps, generator=generator)
+    else:
+        noise = torch.empty_like(images).normal_(generator=generator)
+        lengths = _lengths(noise)
+        noise *= attack.eps * torch.empty_like(lengths).uniform_(0, 1, generator=generator) / lengths
+    return noise.add_(images).clamp_(0, 1)
+
+
+def _lengths(images: Tensor) -> Tensor:
+    """l2 norm of each image, `[N, 1, 1, 1]`, never 0."""
+    return images.flatten(1).norm(dim=1).clamp_min(torch.finfo(images.dtype).tiny).view(-1, 1, 1, 1)
+
+
+def _step_linf(adversarial: Tensor, gradient: Tensor, images: Tensor, attack: AttackConfig) -> None:
+    adversarial.add_(gradient.sign_(), alpha=attack.step)
+    adversarial.clamp_(images - attack.eps, images + attack.eps).clamp_(0, 1)
+
+
+def _step_l2(adversarial: Tensor, gradient: Tensor, images: Tensor, attack: AttackConfig) -> None:
+    adversarial.add_(gradient.div_(_lengths(gradient)), alpha=attack.step).sub_(images)
+    adversarial.mul_((attack.eps / _lengths(adversarial)).clamp_max(1)).add_(images).clamp_(0, 1)
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": cross_entropy, "kl": kl_divergence, "margin": margin}
+STEPS: dict[str, Callable[[Tensor, Tensor, Tensor, AttackConfig], None]] = {"linf": _step_linf, "l2": _step_l2}

@@ -1,0 +1,221 @@
+"""What the recipes share: command-line options in groups, the model to start from, errors as one message."""
+
+import dataclasses
+import sys
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, HfArgumentParser, TrainingArguments
+
+from .config import MRPFConfig
+from .data import ImageData, load_image_data
+from .modeling import PrunedForImageClassification
+
+FRACTIONS = ("eps", "step_size")
+ATTACK_OPTIONS = ("objective", "beta", "norm", "eps", "step_size", "num_steps", "random_start", "eval_num_steps")
+TRAINING_OPTIONS = (
+    "output_dir",
+    "seed",
+    "use_cpu",
+    "num_train_epochs",
+    "max_steps",
+    "gradient_accumulation_steps",
+    "bf16",
+    "resume_from_checkpoint",
+)
+# Settings that may change between two calls on one folder: they change what is shown or sent, not what is computed.
+NOT_PART_OF_A_RUN = (
+    "output_dir",
+    "overwrite_output_dir",
+    "disable_tqdm",
+    "report_to",
+    "run_name",
+    "project",
+    "resume_from_checkpoint",
+    "cache_dir",
+    "local_rank",
+    "dataloader_num_workers",
+    "push_to_hub",
+)
+
+
+@dataclass
+class DataArguments:
+    """Which images."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Hub id, or a local folder in the same schema; handwritten digits if not given."},
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of the data set on the Hub."})
+    image_column_name: str | None = field(default=None, metadata={"help": "Image column; found if not given."})
+    label_column_name: str | None = field(default=None, metadata={"help": "Label column; found if not given."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Stratified subset of the training split."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Stratified subset of validation and test."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where decoded images are kept."})
+
+
+@dataclass
+class ModelArguments:
+    """Which dense model to start from."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or Hub id of a model of this library, a timm name (timm/resnet18), or a transformers id; "
+            "a narrow ResNet of about 0.2 M parameters if not given."
+        },
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Revision of the model on the Hub."})
+    backbone_kwargs: str | None = field(
+        default=None, metadata={"help": "JSON object of further arguments of the backbone's constructor."}
+    )
+    pretrained: bool = field(default=False, metadata={"help": "Start a timm architecture from its Hub weights."})
+    small_images: bool = field(default=False, metadata={"help": "Stem for images of 16 to 64 pixels."})
+    image_size: int | None = field(default=None, metadata={"help": "Resize images to this; their own size if not given."})
+    base_epochs: float | None = field(
+        default=None,
+        metadata={"help": "Epochs of adversarial training of the dense model; 0 for a trained model of ours, else 20."},
+    )
+
+
+@dataclass
+class RunArguments:
+    """What happens to the output folder."""
+
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Start again in a folder that holds a run."})
+
+
+def number(text: str) -> float:
+    """Reads `0.03` and `8/255` alike."""
+    try:
+        return float(Fraction(text.replace(" ", "")))
+    except (ValueError, ZeroDivisionError) as error:
+        raise ArgumentTypeError(f"{text!r} is no number; write 0.031 or 8/255") from error
+
+
+class GroupedParser(HfArgumentParser):
+    """`HfArgumentParser` whose help shows the options of this library first, by subject."""
+
+    def __init__(self, dataclass_types, **kwargs):
+        self._option_groups: dict[str, Any] = {}
+        super().__init__(dataclass_types, **kwargs)
+
+    def _add_dataclass_arguments(self, dtype):
+        titles = {DataArguments: "data", ModelArguments: "model", RunArguments: "training"}
+        if not self._option_groups:
+            for title in ("data", "model", "pruning", "attack", "training", "Hub", "transformers"):
+                self._option_groups[title] = self.add_argument_group(title)
+        self._title = titles.get(dtype)
+        super()._add_dataclass_arguments(dtype)
+
+    def _parse_dataclass_field(self, parser, field):
+        if field.name in FRACTIONS:
+            field = dataclasses.replace(field) if dataclasses.is_dataclass(field) else field
+            field.type = number
+        HfArgumentParser._parse_dataclass_field(self._option_groups[self._title or self._subject(field.name)], field)
+
+    @staticmethod
+    def _subject(name: str) -> str:
+        own = set(MRPFConfig.__annotations__)
+        inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+        if name in ATTACK_OPTIONS:
+            return "attack"
+        if name.startswith(("hub_", "push_to_hub")):
+            return "Hub"
+        if name in TRAINING_OPTIONS or (name in own and (name in inherited or name in ("crop_padding", "horizontal_flip"))):
+            return "training"
+        return "pruning" if name in own else "transformers"
+
+
+def run_settings(*arguments: Any) -> dict[str, Any]:
+    """Every setting that a run's result depends on, as JSON values."""
+    settings: dict[str, Any] = {}
+    for group in arguments:
+        settings |= group.to_dict() if hasattr(group, "to_dict") else dataclasses.asdict(group)
+    return {
+        name: value
+        for name, value in settings.items()
+        if name not in NOT_PART_OF_A_RUN and not name.startswith(("hub_", "log", "trackio"))
+    }
+
+
+def announce(args: MRPFConfig) -> None:
+    """The first line a recipe prints."""
+    if args.process_index == 0:
+        dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+        print(f"world size {args.world_size}, device {args.device}, dtype {dtype}, seed {args.seed}", flush=True)
+
+
+def load_data(arguments: DataArguments, image_size: int | None, seed: int) -> ImageData:
+    """The images the options name."""
+    return load_image_data(
+        arguments.dataset_name,
+        arguments.dataset_config_name,
+        image_column_name=arguments.image_column_name,
+        label_column_name=arguments.label_column_name,
+        image_size=image_size,
+        max_train_samples=arguments.max_train_samples,
+        max_eval_samples=arguments.max_eval_samples,
+        seed=seed,
+        cache_dir=arguments.cache_dir,
+        revision=arguments.dataset_revision,
+    )
+
+
+def is_own_checkpoint(name: str | None, revision: str | None = None) -> bool:
+    """Whether `name` is a folder or Hub id of a model this library saved."""
+    if name is None or name.startswith("timm/") or ("/" not in name and not Path(name).is_dir()):
+        return False
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ValueError(f"--model_name_or_path {name} is a folder without config.json, so it holds no model.")
+    return AutoConfig.from_pretrained(name, revision=revision).model_type == "mrpf"
+
+
+def report_errors(main: Callable[[], None]) -> None:
+    """Runs `main`; what a user can put right is printed as one message, and the exit status is 2."""
+    try:
+        main()
+    except (ValueError, ImportError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def build_model(arguments: ModelArguments, data: ImageData, **defaults: Any) -> PrunedForImageClassification:
+    """The dense (or already pruned) model the options name, with the classes of the data set."""
+    import json
+
+    name = arguments.model_name_or_path
+    if is_own_checkpoint(name, arguments.model_revision):
+        model = PrunedForImageClassification.from_pretrained(name, revision=arguments.model_revision)
+        if model.config.num_labels != len(data.class_names):
+            raise ValueError(
+                f"{name} has {model.config.num_labels} classes and the data set {len(data.class_names)}; "
+                "give a data set with the same classes, or a backbone to train from scratch."
+            )
+        return model
+    kwargs = dict(defaults)
+    if arguments.backbone_kwargs:
+        try:
+            kwargs |= json.loads(arguments.backbone_kwargs)
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ValueError(f"--backbone_kwargs {arguments.backbone_kwargs!r} is not a JSON object: {error}") from error
+    return PrunedForImageClassification.from_backbone(
+        name,
+        id2label=dict(enumerate(data.class_names)),
+        image_size=data.image_size,
+        small_images=arguments.small_images,
+        pretrained=arguments.pretrained,
+        image_mean=None if arguments.pretrained else data.image_mean,
+        image_std=None if arguments.pretrained else data.image_std,
+        **kwargs,
+    )

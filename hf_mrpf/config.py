@@ -1,0 +1,216 @@
+"""`MRPFConfig`: every setting of pruning, attack and adversarial fine-tuning, on top of `TrainingArguments`."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .allocation import ALLOCATIONS
+from .attacks import AttackConfig
+from .importance import IMPORTANCES
+from .objectives import OBJECTIVES
+from .sensitivity import COMBINERS, METHODS
+
+ADAM_LEARNING_RATE = 1e-3
+SGD_LEARNING_RATE = 0.05
+SGD_ARGUMENTS = "momentum=0.9,nesterov=true"
+TARGET_METRICS = ("macs", "params")
+
+
+def _known(name: str, value: str, known: Any) -> None:
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(known)}.")
+
+
+@dataclass
+class MRPFConfig(TrainingArguments):
+    r"""
+    Settings of [`MRPFTrainer`]: what to prune, which attack to train against, and everything `TrainingArguments` holds.
+
+    Pixels are in [0, 1] everywhere, so `eps` and `step_size` are in those units (`8/255`, not `8`).
+
+    Args:
+        objective (`str` or `Callable`, *optional*, defaults to `"trades"`):
+            What fine-tuning minimises: a key of `OBJECTIVES` or a function with the same signature.
+        beta (`float`, *optional*, defaults to `6.0`):
+            Weight of the robust term (TRADES, arXiv 1901.08573, eq. 5).
+        norm (`str`, *optional*, defaults to `"linf"`):
+            Norm of the attack, `"linf"` or `"l2"`.
+        eps (`float`, *optional*, defaults to `8/255`):
+            Radius of the attack, in pixels in [0, 1].
+        step_size (`float`, *optional*):
+            Step of the attack; `2.5 * eps / num_steps` where it is not given (2/255 at the defaults).
+        num_steps (`int`, *optional*, defaults to `10`):
+            Steps of the training attack.
+        random_start (`bool`, *optional*, defaults to `True`):
+            Whether attacks start at a random point of the ball. TRADES has its own small Gaussian start.
+        eval_num_steps (`int`, *optional*, defaults to `10`):
+            Steps of the PGD attack that `evaluate()` runs to measure `eval_robust_accuracy`.
+        target (`float`, *optional*, defaults to `0.5`):
+            Fraction of `target_metric` that pruning **keeps**, in (0, 1).
+        target_metric (`str`, *optional*, defaults to `"macs"`):
+            `"macs"` or `"params"`.
+        allocation (`str`, *optional*, defaults to `"mrs"`):
+            How the pruning ratio is shared out between units: a key of `ALLOCATIONS`.
+        combine (`str`, *optional*, defaults to `"sum"`):
+            How the sensitivities of a unit's members make the unit's score: `sum`, `max`, `mean` or `joint`.
+        importance (`str`, *optional*, defaults to `"magnitude"`):
+            Which channels of a unit go first: a key of `IMPORTANCES`.
+        max_ratio (`float`, *optional*, defaults to `0.85`):
+            Largest fraction of channels removed from any unit.
+        min_channels (`int`, *optional*, defaults to `4`):
+            Fewest channels left in any unit.
+        round_to (`int`, *optional*, defaults to `1`):
+            Kept widths are multiples of this.
+        ignore (`list[str]`, *optional*):
+            Names of modules or units that are never pruned.
+        sensitivity_method (`str`, *optional*, defaults to `"ascent"`):
+            How Module Robustness Sensitivity is measured: `ascent`, `exact` or `first_order`.
+        gamma (`float`, *optional*, defaults to `0.1`):
+            Radius of the weight perturbation, relative to the norm of the module's weights.
+        sensitivity_steps (`int`, *optional*):
+            Ascent steps; the method's own number where it is not given (3 for `ascent`, 10 for `exact`).
+        calibration_sets (`int`, *optional*, defaults to `3`):
+            Disjoint sets of training images the sensitivities are averaged over.
+        calibration_set_size (`int`, *optional*, defaults to `128`):
+            Images in each of them.
+        repair (`bool`, *optional*, defaults to `True`):
+            Whether the layers that read pruned channels are re-fitted in closed form after pruning.
+        recalibration_samples (`int`, *optional*, defaults to `1024`):
+            Clean training images BatchNorm statistics are measured on again after pruning; 0 leaves them.
+        crop_padding (`int`, *optional*):
+            Zero padding of the random crop in training; an eighth of the image where it is not given, 0 for no crops.
+        horizontal_flip (`bool`, *optional*, defaults to `True`):
+            Whether training images are flipped at random.
+
+    The defaults of these `TrainingArguments` differ: `optim` (`"sgd"` with Nesterov momentum 0.9; `"adam"` is
+    `torch.optim.Adam`), `learning_rate` (0.05 for SGD, 1e-3 for the Adam family), `weight_decay` (5e-4), cosine schedule
+    with 5 % warm-up, `per_device_train_batch_size` and `per_device_eval_batch_size` (128), `max_grad_norm` (0),
+    `remove_unused_columns` (`False`), `label_names` (`["labels"]`), `metric_for_best_model` (`"robust_accuracy"`).
+
+    Raises:
+        ValueError: where a value is out of its range or a name is not known.
+    """
+
+    objective: str = field(default="trades", metadata={"help": f"What to minimise: {', '.join(OBJECTIVES)}."})
+    beta: float = field(default=6.0, metadata={"help": "Weight of the robust term of TRADES."})
+
+    norm: str = field(default="linf", metadata={"help": "Norm of the attack: linf or l2."})
+    eps: float = field(default=8 / 255, metadata={"help": "Radius of the attack in pixels in [0, 1]; 8/255 is read."})
+    step_size: float | None = field(
+        default=None, metadata={"help": "Step of the attack; 2.5 * eps / num_steps if not given. 2/255 is read."}
+    )
+    num_steps: int = field(default=10, metadata={"help": "Steps of the training attack."})
+    random_start: bool = field(default=True, metadata={"help": "Start attacks at a random point of the ball."})
+    eval_num_steps: int = field(default=10, metadata={"help": "Steps of PGD in the evaluations during training."})
+
+    target: float = field(default=0.5, metadata={"help": "Fraction of the target metric that is KEPT, in (0, 1)."})
+    target_metric: str = field(default="macs", metadata={"help": "What the target counts: macs or params."})
+    allocation: str = field(default="mrs", metadata={"help": f"Ratio per unit by: {', '.join(ALLOCATIONS)}."})
+    combine: str = field(default="sum", metadata={"help": f"Members' scores to unit's: {', '.join(COMBINERS)}, joint."})
+    importance: str = field(default="magnitude", metadata={"help": f"Channels ranked by: {', '.join(IMPORTANCES)}."})
+    max_ratio: float = field(default=0.85, metadata={"help": "Largest fraction removed from any unit."})
+    min_channels: int = field(default=4, metadata={"help": "Fewest channels left in any unit."})
+    round_to: int = field(default=1, metadata={"help": "Kept widths are multiples of this."})
+    ignore: list[str] = field(default_factory=list, metadata={"help": "Modules or units that are never pruned."})
+    sensitivity_method: str = field(default="ascent", metadata={"help": f"MRS by: {', '.join(METHODS)}."})
+    gamma: float = field(default=0.1, metadata={"help": "Weight perturbation, relative to the module's norm."})
+    sensitivity_steps: int | None = field(default=None, metadata={"help": "Ascent steps of MRS; by method if not given."})
+    calibration_sets: int = field(default=3, metadata={"help": "Disjoint calibration sets the MRS is averaged over."})
+    calibration_set_size: int = field(default=128, metadata={"help": "Training images in each calibration set."})
+    repair: bool = field(default=True, metadata={"help": "Re-fit the consumers of pruned channels in closed form."})
+    recalibration_samples: int = field(
+        default=1024, metadata={"help": "Clean training images for BatchNorm recalibration after pruning; 0: none."}
+    )
+
+    crop_padding: int | None = field(
+        default=None, metadata={"help": "Padding of random crops; an eighth of the image if not given, 0 for none."}
+    )
+    horizontal_flip: bool = field(default=True, metadata={"help": "Flip training images at random."})
+
+    optim: str = field(default="sgd", metadata={"help": "Optimizer: sgd, adam, or any name transformers knows."})
+    optim_args: str | None = field(
+        default=None, metadata={"help": f"Arguments of the optimizer; {SGD_ARGUMENTS} for sgd if not given."}
+    )
+    learning_rate: float | None = field(
+        default=None,
+        metadata={"help": f"Peak learning rate; {SGD_LEARNING_RATE} for sgd, {ADAM_LEARNING_RATE} else, if not given."},
+    )
+    weight_decay: float = field(default=5e-4, metadata={"help": "Weight decay."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule of transformers."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up: steps, or a fraction of all if below 1."})
+    per_device_train_batch_size: int = field(default=128, metadata={"help": "Training batch size on each device."})
+    per_device_eval_batch_size: int = field(default=128, metadata={"help": "Evaluation batch size on each device."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 for none."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses from the log."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Left to the collator."})
+    label_names: list[str] | None = field(default_factory=lambda: ["labels"], metadata={"help": "Label columns."})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "As in DistributedDataParallel."})
+    ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "As in DistributedDataParallel."})
+    metric_for_best_model: str | None = field(
+        default="robust_accuracy", metadata={"help": "Metric of the validation split that picks the best epoch."}
+    )
+
+    def __post_init__(self) -> None:
+        self._check_values()
+        wanted = str(getattr(self.optim, "value", self.optim))
+        if self.optim_args is None and wanted == "sgd":
+            self.optim_args = SGD_ARGUMENTS
+        if self.learning_rate is None:
+            self.learning_rate = SGD_LEARNING_RATE if wanted == "sgd" else ADAM_LEARNING_RATE
+        # transformers knows AdamW only; plain Adam is what the pruning literature compares SGD with.
+        self.optim = "adamw_torch" if wanted == "adam" else wanted
+        super().__post_init__()
+        if wanted == "adam":
+            self.optim = "adam"
+
+    def _check_values(self) -> None:
+        if not callable(self.objective):
+            _known("objective", self.objective, OBJECTIVES)
+        _known("allocation", self.allocation, ALLOCATIONS)
+        _known("importance", self.importance, IMPORTANCES)
+        _known("combine", self.combine, (*COMBINERS, "joint"))
+        _known("sensitivity_method", self.sensitivity_method, METHODS)
+        _known("target_metric", self.target_metric, TARGET_METRICS)
+        if not (isinstance(self.target, float | int) and 0 < self.target < 1):
+            raise ValueError(
+                f"target={self.target} is not a fraction kept in (0, 1): target=0.5 keeps half of the {self.target_metric}."
+            )
+        if not 0 < self.max_ratio < 1:
+            raise ValueError(f"max_ratio={self.max_ratio} must be in (0, 1): the largest fraction a unit may lose.")
+        for name, least in {
+            "min_channels": 1,
+            "round_to": 1,
+            "calibration_sets": 1,
+            "calibration_set_size": 1,
+            "eval_num_steps": 1,
+            "recalibration_samples": 0,
+        }.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value} must be a whole number, at least {least}.")
+        for name in ("gamma", "beta"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}={value} must be a finite number, at least 0.")
+        _ = self.attack
+
+    @property
+    def attack(self) -> AttackConfig:
+        """The training attack."""
+        return AttackConfig(self.norm, self.eps, self.step_size, self.num_steps, self.random_start)
+
+    @property
+    def eval_attack(self) -> AttackConfig:
+        """The attack of `evaluate()`: PGD of `eval_num_steps` steps, its step size 2.5 * eps / steps unless given."""
+        return AttackConfig(self.norm, self.eps, self.step_size, self.eval_num_steps, self.random_start)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `TrainingArguments.to_dict`; an objective that is a function is written as its qualified name."""
+        settings = super().to_dict()
+        objective: str | Callable = self.objective
+        if callable(objective):
+            settings["objective"] = f"{objective.__module__}.{getattr(objective, '__qualname__', type(objective).__qualname__)}"
+        return settings

@@ -1,0 +1,145 @@
+"""What a model costs, measured: multiply-accumulates, parameters, milliseconds, bytes on disk."""
+
+import json
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_macs(model: nn.Module, example: Tensor) -> int:
+    """Count the multiply-accumulates of one forward pass on ONE image.
+
+    Convolutions, matrix products and attention products are counted, by PyTorch's own `FlopCounterMode` (two FLOPs are
+    one MAC); norms, activations and pooling are not. Fused and plain attention give the same count. The model's modes,
+    its BatchNorm statistics and the random state are left as they were.
+
+    Args:
+        model (`nn.Module`):
+            Model that takes images. It is run once, in eval mode, without gradients.
+        example (`torch.Tensor` of shape `[N, C, H, W]`):
+            Images of the size that counts, on the model's device. Only the first is used, so `N` changes nothing.
+
+    Returns:
+        `int`: multiply-accumulates per image.
+    """
+    if example.ndim != 4 or example.shape[0] == 0:
+        raise ValueError(f"example must be a batch of images [N, C, H, W] with N >= 1, got shape {list(example.shape)}")
+    devices = [example.device] if example.device.type == "cuda" else []
+    counter = FlopCounterMode(display=False)
+    with _evaluating(model), torch.random.fork_rng(devices), torch.no_grad(), counter:
+        model(example[:1])
+    return counter.get_total_flops() // 2
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Count the parameters of a model, each shared one once. Buffers (BatchNorm statistics) are not parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def measure_latency(
+    models: Mapping[str, nn.Module],
+    image_size: int | tuple[int, int],
+    batch_size: int = 1,
+    *,
+    rounds: int = 20,
+    warmup: int = 3,
+) -> dict[str, float]:
+    """Measure the median time of a forward pass of several models, side by side.
+
+    The models take turns, one forward each a round, so that a machine that speeds up or slows down meanwhile does so
+    for all of them: compare only figures of one call. Each model runs on its own device and in its own dtype, in eval
+    mode and `inference_mode`, on the same random images; a GPU is waited for before and after each pass. Every
+    module's mode and the random state are left as they were.
+
+    Args:
+        models (`Mapping[str, nn.Module]`):
+            Models by name.
+        image_size (`int` or `tuple[int, int]`):
+            Height and width in pixels (one number for both) of the 3-channel images.
+        batch_size (`int`, *optional*, defaults to `1`):
+            Images per pass.
+        rounds (`int`, *optional*, defaults to `20`):
+            Timed passes of each model, of which the median is reported.
+        warmup (`int`, *optional*, defaults to `3`):
+            Untimed passes of each model before.
+
+    Returns:
+        `dict[str, float]`: median milliseconds per pass (per batch, not per image), by name.
+    """
+    if not models:
+        raise ValueError("measure_latency needs at least one model, e.g. {'dense': dense, 'pruned': pruned}")
+    if rounds < 1 or warmup < 0 or batch_size < 1:
+        raise ValueError(
+            f"rounds and batch_size must be at least 1 and warmup at least 0, "
+            f"got rounds={rounds}, batch_size={batch_size}, warmup={warmup}"
+        )
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    images = torch.rand(batch_size, 3, height, width, generator=torch.Generator().manual_seed(0))
+    inputs = {name: images.to(_reference(model)) for name, model in models.items()}
+    times: dict[str, list[float]] = {name: [] for name in models}
+    with _evaluating(*models.values()), torch.inference_mode():
+        for _ in range(warmup + rounds):
+            for name, model in models.items():
+                times[name].append(_seconds(model, inputs[name]))
+    return {name: 1000 * statistics.median(passes[warmup:]) for name, passes in times.items()}
+
+
+def file_size(path: str | Path) -> int:
+    """Bytes of a model's weights on disk.
+
+    Args:
+        path (`str` or `Path`):
+            A checkpoint folder, its `model.safetensors`, or the `model.safetensors.index.json` of a sharded one, whose
+            shards are summed.
+
+    Raises:
+        `FileNotFoundError`: there are no such weights, or a shard that the index names is missing.
+    """
+    path = Path(path)
+    if path.is_dir():
+        whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
+        if not whole.is_file() and not index.is_file():
+            raise FileNotFoundError(f"{path} holds neither model.safetensors nor model.safetensors.index.json")
+        path = whole if whole.is_file() else index
+    if path.suffix != ".json":
+        return path.stat().st_size
+    shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    return sum((path.parent / shard).stat().st_size for shard in shards)
+
+
+def _seconds(model: nn.Module, images: Tensor) -> float:
+    _wait_for(images)
+    start = time.perf_counter()
+    model(images)
+    _wait_for(images)
+    return time.perf_counter() - start
+
+
+def _wait_for(images: Tensor) -> None:
+    if images.device.type == "cuda":
+        torch.cuda.synchronize(images.device)
+
+
+def _reference(model: nn.Module) -> Tensor:
+    """A tensor on the device and in the dtype that the model computes in."""
+    floating = (parameter for parameter in model.parameters() if parameter.is_floating_point())
+    return next(floating, torch.zeros(()))
+
+
+@contextmanager
+def _evaluating(*models: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; afterwards every module, also one frozen on purpose, has its own mode back."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -1,0 +1,332 @@
+"""`MRPFTrainer`: the Trainer that prunes by robustness sensitivity and fine-tunes adversarially."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast, broadcast_object_list
+from datasets import Dataset
+from torch import nn
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from .attacks import keyed_start, logits_of, pgd_attack
+from .config import MRPFConfig
+from .data import as_pixel_dataset, augment, batches, calibration_batches, collate_pixels, stratified_subset
+from .objectives import get_objective
+from .pruning import PruningPlan, plan_pruning, prune
+from .repair import recalibrate_batchnorm, repair
+from .sensitivity import check_finite_weights, module_robustness_sensitivity
+
+
+class SeedEachRank(TrainerCallback):
+    """Gives every process its own random stream: `Trainer` seeds all alike, which would repeat noise and augmentation."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # Not earlier: the order of the training data must be drawn from the seed that all ranks share.
+        if args.world_size > 1:
+            torch.manual_seed(args.seed + 1_000_003 * args.process_index)
+
+
+class MRPFTrainer(Trainer):
+    r"""
+    `Trainer` with `prune()`: Module Robustness Sensitivity, structured removal, repair; then adversarial fine-tuning.
+
+    Pruning hooks are callback events. A [`~transformers.TrainerCallback`] that defines any of
+    `on_sensitivity_end(args, state, control, *, sensitivity, **kwargs)`,
+    `on_plan_end(args, state, control, *, plan, **kwargs)` (a plan it returns replaces the given one) and
+    `on_prune_end(args, state, control, *, plan, **kwargs)` is called; `model` is among the keywords.
+
+    Args:
+        model (`PreTrainedModel` or `torch.nn.Module`):
+            Classifier of pixels [N, 3, H, W] in [0, 1] that returns logits, or an output with `.logits`.
+        args ([`MRPFConfig`]):
+            All settings.
+        train_dataset (`datasets.Dataset`):
+            One Image (or `pixel_values`) column and one ClassLabel column. Calibration images are drawn from it.
+        eval_dataset (`datasets.Dataset`, *optional*):
+            The validation split, in the same schema; never the test split.
+        compute_metrics (`Callable`, *optional*):
+            Further metrics, of the clean logits, as in [`~transformers.Trainer`].
+
+    Raises:
+        ValueError: where weights are not finite, or a label lies outside the model's classes.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module,
+        args: MRPFConfig,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        compute_metrics=None,
+        **kwargs,
+    ):
+        if not isinstance(args, MRPFConfig):
+            raise ValueError(f"args is a {type(args).__name__}; MRPFTrainer needs an MRPFConfig.")
+        check_finite_weights(model)
+        self._image_size = getattr(getattr(model, "config", None), "image_size", None)
+        self._num_labels = getattr(getattr(model, "config", None), "num_labels", None)
+        self._clean_metrics = compute_metrics
+        self.objective = get_objective(args.objective)
+        self.pruning_report: dict[str, dict[str, Any]] = {}
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: self._pixels(split) for name, split in eval_dataset.items()}
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=kwargs.pop("data_collator", collate_pixels),
+            train_dataset=self._pixels(train_dataset),
+            eval_dataset=self._pixels(eval_dataset),
+            compute_metrics=self._metrics,
+            **kwargs,
+        )
+        # Every objective is a mean over its batch: the Trainer divides it by the accumulation steps.
+        self.loss_is_scaled_for_ga = False
+        self.model_accepts_loss_kwargs = False
+        self.add_callback(SeedEachRank())
+
+    # ---- Data -------------------------------------------------------------------------------------------------------
+
+    def _pixels(self, dataset: Any) -> Any:
+        if not isinstance(dataset, Dataset):
+            return dataset
+        pixels = as_pixel_dataset(dataset, self._image_size)
+        classes = getattr(pixels.features["labels"], "num_classes", None)
+        if self._num_labels is not None and classes is not None and classes != self._num_labels:
+            raise ValueError(
+                f"The data set has {classes} classes and the model {self._num_labels}; "
+                f"build the model with num_labels={classes}."
+            )
+        return pixels
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """As in `Trainer`; every image carries its index, which keys its random start in the attack."""
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        dataset = self._pixels(eval_dataset if eval_dataset is not None else self.eval_dataset)
+        if isinstance(dataset, Dataset) and "index" not in dataset.column_names:
+            dataset = dataset.add_column("index", np.arange(len(dataset)))
+        return super().get_eval_dataloader(dataset)
+
+    # ---- Pruning ----------------------------------------------------------------------------------------------------
+
+    def prune(self, plan: PruningPlan | None = None) -> PruningPlan:
+        """
+        Measures sensitivities, plans, removes channels, repairs consumers and recalibrates BatchNorm, in place.
+
+        Afterwards the trainer is as new: the optimizer and the schedule are made afresh by the next `train()`. What
+        each step did to the accuracy on the validation split is in `pruning_report`.
+
+        Args:
+            plan ([`PruningPlan`], *optional*):
+                A plan to apply as it is; without it one is made from the settings in `args`.
+
+        Returns:
+            [`PruningPlan`]: the plan that was applied, the same on every rank.
+
+        Raises:
+            ValueError: where there is no training data to calibrate on, the target cannot be met, the plan belongs to
+                another model, or an optimizer was handed to the trainer (it would go on training the old weights).
+        """
+        if self.optimizer is not None and not self._made_own_optimizer:
+            raise ValueError(
+                "This trainer was given an optimizer, which points at the weights before pruning. "
+                "Prune with a trainer without `optimizers`, then make the optimizer from the pruned model."
+            )
+        if not isinstance(self.train_dataset, Dataset):
+            raise ValueError("prune() draws its calibration images from train_dataset, which is missing.")
+        args, model = self.args, self.accelerator.unwrap_model(self.model)
+        calibration = calibration_batches(
+            self.train_dataset, args.calibration_sets, args.calibration_set_size, seed=args.seed
+        )
+        calibration = [(images.to(args.device), labels.to(args.device)) for images, labels in calibration]
+        if plan is None:
+            plan = self._plan(model, calibration)
+        plan = self._fire("on_plan_end", plan=plan) or plan
+        plan = PruningPlan.from_dict(broadcast_object_list([plan.to_dict()])[0])
+
+        dense = copy.deepcopy(model) if args.repair else None
+        self._report("before")
+        prune(model, plan)
+        self._report("removed")
+        if dense is not None:
+            repair(model, dense, plan, calibration, args.attack)
+            self._report("repaired")
+        if args.recalibration_samples:
+            size = min(args.recalibration_samples, len(self.train_dataset))
+            subset = stratified_subset(self.train_dataset, size, seed=args.seed)
+            recalibrate_batchnorm(
+                model, [(x.to(args.device), y) for x, y in batches(subset, args.per_device_train_batch_size)]
+            )
+            self._report("recalibrated")
+        if args.world_size > 1:
+            for tensor in model.state_dict().values():
+                tensor.copy_(broadcast(tensor))
+        self._start_afresh(model)
+        self._fire("on_prune_end", plan=plan)
+        return plan
+
+    def _plan(self, model: nn.Module, calibration: list) -> PruningPlan:
+        args = self.args
+        settings = dict(method=args.sensitivity_method, gamma=args.gamma, num_steps=args.sensitivity_steps)
+        scores = None
+        if args.allocation == "mrs" and args.combine != "joint":
+            scores = module_robustness_sensitivity(
+                model, calibration, args.attack, seed=args.seed, progress=not args.disable_tqdm, **settings
+            )
+            self._fire("on_sensitivity_end", sensitivity=scores)
+        return plan_pruning(
+            model,
+            calibration[0][0][:1],
+            target=args.target,
+            target_metric=args.target_metric,
+            allocation=args.allocation,
+            scores=scores,
+            combine=args.combine,
+            importance=args.importance,
+            batches=calibration,
+            attack=args.attack,
+            max_ratio=args.max_ratio,
+            min_channels=args.min_channels,
+            round_to=args.round_to,
+            ignore=tuple(args.ignore),
+        )
+
+    def _fire(self, event: str, **payload: Any) -> Any:
+        """Calls `event` on the callbacks that define it; what the last one returns, if anything."""
+        result = None
+        for callback in self.callback_handler.callbacks:
+            if callable(handler := getattr(callback, event, None)):
+                answer = handler(self.args, self.state, self.control, model=self.model, **payload)
+                result = answer if answer is not None else result
+                if "plan" in payload and answer is not None:
+                    payload["plan"] = answer
+        return result
+
+    def _report(self, step: str) -> None:
+        if self.eval_dataset is None:
+            return
+        output = self.evaluation_loop(self.get_eval_dataloader(), description=step, metric_key_prefix=step)
+        self.pruning_report[step] = {
+            name: output.metrics[f"{step}_{name}"] for name in ("accuracy", "robust_accuracy")
+        } | {"num_samples": output.num_samples}
+
+    def _start_afresh(self, model: nn.Module) -> None:
+        """Forgets everything that points at the parameters before pruning: they are no longer the model's."""
+        self.model = self.model_wrapped = model
+        self.optimizer = self.lr_scheduler = None
+        self._created_lr_scheduler = False
+        for name in ("model", "optimizer", "lr_scheduler"):
+            setattr(self.callback_handler, name, getattr(self, name))
+        self.accelerator.free_memory()
+        self._forget_preparation()
+
+    # ---- Training ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _made_own_optimizer(self) -> bool:
+        return self.__dict__.get("_own_optimizer", False)
+
+    def create_optimizer(self, *args, **kwargs):
+        """As in `Trainer`."""
+        self._own_optimizer = self.optimizer is None or self._made_own_optimizer
+        return super().create_optimizer(*args, **kwargs)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args, model=None):
+        """As in `Trainer`; `"adam"` is `torch.optim.Adam`."""
+        if args.optim == "adam":
+            betas = (args.adam_beta1, args.adam_beta2)
+            return torch.optim.Adam, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
+        return Trainer.get_optimizer_cls_and_kwargs(args, model)
+
+    def _forget_preparation(self) -> None:
+        # An evaluation before training marks the bare model as prepared, and DDP would then silently be left out.
+        self.accelerator.unwrap_model(self.model).__dict__.pop("_is_accelerate_prepared", None)
+
+    def _prepare_for_training(self, *args, **kwargs):
+        self._forget_preparation()
+        return super()._prepare_for_training(*args, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The objective on one batch: images augmented as a tensor, attack on the unwrapped model."""
+        images, labels = inputs["pixel_values"], inputs["labels"]
+        if model.training:
+            images = augment(images, padding=self.args.crop_padding, flip=self.args.horizontal_flip)
+        output = self.objective(
+            model,
+            images,
+            labels,
+            self.args.attack,
+            beta=self.args.beta,
+            attacked=self.accelerator.unwrap_model(model),
+        )
+        if not torch.isfinite(output.loss):
+            raise ValueError(
+                f"The loss is {output.loss.item()} at step {self.state.global_step + 1}; training stopped before that "
+                f"step changed the weights. Last good checkpoint: {get_last_checkpoint(self.args.output_dir)}. "
+                "Lower the learning rate, or train in float32."
+            )
+        return (output.loss, {"logits": output.logits}) if return_outputs else output.loss
+
+    # ---- Evaluation -------------------------------------------------------------------------------------------------
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Clean logits and logits under PGD of `eval_num_steps` steps; the loss is the clean cross-entropy."""
+        inputs = self._prepare_inputs(inputs)
+        images, labels = inputs["pixel_values"], inputs["labels"]
+        attacked, attack = self.accelerator.unwrap_model(model), self.args.eval_attack
+        start = keyed_start(images, inputs["index"], attack, self.args.seed) if attack.random_start else images
+        adversarial = pgd_attack(attacked, images, labels, attack, start=start)
+        with torch.no_grad():
+            logits, adversarial_logits = logits_of(attacked(images)).float(), logits_of(attacked(adversarial)).float()
+        loss = nn.functional.cross_entropy(logits, labels)
+        return (loss, None, None) if prediction_loss_only else (loss, (logits, adversarial_logits), labels)
+
+    def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        logits, adversarial_logits = prediction.predictions
+        correct = logits.argmax(-1) == prediction.label_ids
+        robust = correct & (adversarial_logits.argmax(-1) == prediction.label_ids)
+        metrics = {"accuracy": float(correct.mean()), "robust_accuracy": float(robust.mean())}
+        if self._clean_metrics is not None:
+            metrics |= self._clean_metrics(EvalPrediction(predictions=logits, label_ids=prediction.label_ids))
+        return metrics
+
+    def best_and_last(self) -> dict[str, dict[str, float]]:
+        """
+        Validation figures of the best and of the last evaluation of the last `train()`.
+
+        Returns:
+            `dict`: `{"best": {...}, "last": {...}}` with `epoch`, `step`, `eval_accuracy`, `eval_robust_accuracy` each;
+            empty where nothing was evaluated.
+        """
+        keys = ("epoch", "step", "eval_accuracy", "eval_robust_accuracy")
+        rows = [
+            {key: row[key] for key in keys if key in row}
+            for row in self.state.log_history
+            if "eval_robust_accuracy" in row
+        ]
+        if not rows:
+            return {}
+        return {"best": max(rows, key=lambda row: row["eval_robust_accuracy"]), "last": rows[-1]}
+
+    # ---- Saving -----------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # Trainer's own writes training_args.bin, a pickle.
+        folder = Path(output_dir or self.args.output_dir)
+        if not self.args.should_save:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(model, PreTrainedModel):
+            model.save_pretrained(folder, state_dict=state_dict)
+        else:
+            from safetensors.torch import save_model
+
+            save_model(model, str(folder / "model.safetensors"))
+        (folder / "training_args.json").write_text(json.dumps(self.args.to_dict(), indent=2, default=str) + "\n")

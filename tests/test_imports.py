@@ -1,0 +1,81 @@
+"""The floors of the architecture: a file imports only from floors below its own."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "hf_mrpf"
+FLOORS = {
+    "attacks": 0,
+    "allocation": 0,
+    "modeling": 0,
+    "architectures": 0,
+    "efficiency": 0,
+    "run_folder": 0,
+    "objectives": 1,
+    "importance": 1,
+    "units": 1,
+    "data": 1,
+    "sensitivity": 2,
+    "evaluation": 2,
+    "pruning": 3,
+    "repair": 3,
+    "model_card": 3,
+    "figures": 3,
+    "config": 3,
+    "compress": 4,
+    "trainer": 4,
+    "cli": 4,
+    "__init__": 5,
+}
+HEAVY = ("timm", "torch_pruning", "torchattacks", "datasets", "matplotlib", "sklearn", "transformers.trainer")
+
+
+def own_imports(source: str) -> set[str]:
+    """Modules of this package that a file imports, at any depth."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            found |= {node.module} if node.module else {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("hf_mrpf"):
+            found |= {node.module.partition(".")[2]} if "." in node.module else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.partition(".")[2] for a in node.names if a.name.startswith("hf_mrpf.")}
+    return {name.split(".")[0] for name in found}
+
+
+def upward(module: str, source: str) -> set[str]:
+    return {name for name in own_imports(source) if FLOORS.get(name, 0) >= FLOORS[module] and name != "__version__"}
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.glob("*.py")), ids=lambda file: file.stem)
+def test_a_file_imports_only_lower_floors(file):
+    assert file.stem in FLOORS, f"{file.name} has no floor: add it to the table in design and here"
+    assert not upward(file.stem, file.read_text())
+
+
+def test_an_upward_import_would_be_found():
+    assert upward("attacks", "def f():\n    from .trainer import MRPFTrainer") == {"trainer"}
+    assert upward("units", "import hf_mrpf.data") == {"data"}
+    assert upward("units", "from hf_mrpf import attacks") == set()
+
+
+def test_the_model_file_travels_alone():
+    assert own_imports((PACKAGE / "modeling.py").read_text()) == set()
+
+
+def test_importing_the_package_loads_nothing_heavy_and_every_name_exists():
+    script = (
+        "import sys, hf_mrpf\n"
+        f"heavy = [name for name in {HEAVY!r} if name in sys.modules]\n"
+        "assert not heavy, heavy\n"
+        "missing = [name for name in hf_mrpf.__all__ if getattr(hf_mrpf, name, None) is None]\n"
+        "assert not missing, missing\n"
+        "try:\n    hf_mrpf.nothing\nexcept AttributeError as error:\n    print(error)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert result.returncode == 0, result.stderr
+    assert "has no attribute 'nothing'" in result.stdout
