@@ -60,11 +60,13 @@ def known_layers(model: nn.Module) -> dict[str, str]:
         ValueError: If the model holds an attention module, a grouped convolution, or parameters of another class. The
             message gives the full class name.
     """
+    for name, module in model.named_modules():
+        # A block that merely contains attention also says so by name: the innermost module is the one to report.
+        named = [child for child in module.modules() if _is_attention(child)]
+        if named == [module]:
+            raise unsupported(name, module, "is attention, whose heads cannot be cut like channels")
     layers: dict[str, str] = {}
     for name, module in model.named_modules():
-        holds_parameters = next(module.parameters(), None) is not None
-        if holds_parameters and _ATTENTION.search(type(module).__qualname__):
-            raise unsupported(name, module, "is attention, whose heads cannot be cut like channels")
         own = [parameter for parameter, _ in module.named_parameters(recurse=False)]
         kind = LAYERS.get(class_id(module))
         if own and kind is None:
@@ -73,10 +75,16 @@ def known_layers(model: nn.Module) -> dict[str, str]:
             continue
         if isinstance(module, nn.Conv2d) and module.groups > 1:
             if not is_depthwise(module):
-                raise unsupported(name, module, f"is a grouped convolution ({module.groups} groups), not a depthwise one")
+                raise unsupported(
+                    name, module, f"is a grouped convolution ({module.groups} groups), not a depthwise one"
+                )
             kind = "depthwise"
         layers[name] = kind
     return layers
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return bool(_ATTENTION.search(type(module).__qualname__)) and next(module.parameters(), None) is not None
 
 
 def unsupported(name: str, module: nn.Module, reason: str) -> ValueError:

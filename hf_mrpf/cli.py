@@ -1,6 +1,7 @@
 """What the recipes share: command-line options in groups, the model to start from, errors as one message."""
 
 import dataclasses
+import json
 import sys
 from argparse import ArgumentTypeError
 from collections.abc import Callable
@@ -78,7 +79,12 @@ class ModelArguments:
     )
     pretrained: bool = field(default=False, metadata={"help": "Start a timm architecture from its Hub weights."})
     small_images: bool = field(default=False, metadata={"help": "Stem for images of 16 to 64 pixels."})
-    image_size: int | None = field(default=None, metadata={"help": "Resize images to this; their own size if not given."})
+    image_size: int | None = field(
+        default=None, metadata={"help": "Resize images to this; their own size if not given."}
+    )
+    control_epochs: float = field(
+        default=0.0, metadata={"help": "Epochs of ordinary training of a control of the same shape; 0 for no control."}
+    )
     base_epochs: float | None = field(
         default=None,
         metadata={"help": "Epochs of adversarial training of the dense model; 0 for a trained model of ours, else 20."},
@@ -129,7 +135,9 @@ class GroupedParser(HfArgumentParser):
             return "attack"
         if name.startswith(("hub_", "push_to_hub")):
             return "Hub"
-        if name in TRAINING_OPTIONS or (name in own and (name in inherited or name in ("crop_padding", "horizontal_flip"))):
+        if name in TRAINING_OPTIONS or (
+            name in own and (name in inherited or name in ("crop_padding", "horizontal_flip"))
+        ):
             return "training"
         return "pruning" if name in own else "transformers"
 
@@ -192,8 +200,6 @@ def report_errors(main: Callable[[], None]) -> None:
 
 def build_model(arguments: ModelArguments, data: ImageData, **defaults: Any) -> PrunedForImageClassification:
     """The dense (or already pruned) model the options name, with the classes of the data set."""
-    import json
-
     name = arguments.model_name_or_path
     if is_own_checkpoint(name, arguments.model_revision):
         model = PrunedForImageClassification.from_pretrained(name, revision=arguments.model_revision)
@@ -205,10 +211,7 @@ def build_model(arguments: ModelArguments, data: ImageData, **defaults: Any) -> 
         return model
     kwargs = dict(defaults)
     if arguments.backbone_kwargs:
-        try:
-            kwargs |= json.loads(arguments.backbone_kwargs)
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"--backbone_kwargs {arguments.backbone_kwargs!r} is not a JSON object: {error}") from error
+        kwargs |= _json_object(arguments.backbone_kwargs)
     return PrunedForImageClassification.from_backbone(
         name,
         id2label=dict(enumerate(data.class_names)),
@@ -219,3 +222,15 @@ def build_model(arguments: ModelArguments, data: ImageData, **defaults: Any) -> 
         image_std=None if arguments.pretrained else data.image_std,
         **kwargs,
     )
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"--backbone_kwargs {text!r} is not a JSON object; write for instance '{{\"drop_rate\": 0.1}}'."
+        )
+    return value

@@ -117,7 +117,9 @@ class MRPFConfig(TrainingArguments):
     ignore: list[str] = field(default_factory=list, metadata={"help": "Modules or units that are never pruned."})
     sensitivity_method: str = field(default="ascent", metadata={"help": f"MRS by: {', '.join(METHODS)}."})
     gamma: float = field(default=0.1, metadata={"help": "Weight perturbation, relative to the module's norm."})
-    sensitivity_steps: int | None = field(default=None, metadata={"help": "Ascent steps of MRS; by method if not given."})
+    sensitivity_steps: int | None = field(
+        default=None, metadata={"help": "Ascent steps of MRS; by method if not given."}
+    )
     calibration_sets: int = field(default=3, metadata={"help": "Disjoint calibration sets the MRS is averaged over."})
     calibration_set_size: int = field(default=128, metadata={"help": "Training images in each calibration set."})
     repair: bool = field(default=True, metadata={"help": "Re-fit the consumers of pruned channels in closed form."})
@@ -212,5 +214,7 @@ class MRPFConfig(TrainingArguments):
         settings = super().to_dict()
         objective: str | Callable = self.objective
         if callable(objective):
-            settings["objective"] = f"{objective.__module__}.{getattr(objective, '__qualname__', type(objective).__qualname__)}"
+            settings["objective"] = (
+                f"{objective.__module__}.{getattr(objective, '__qualname__', type(objective).__qualname__)}"
+            )
         return settings

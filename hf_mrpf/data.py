@@ -1,28 +1,47 @@
 """Image data sets: a Hub id, a local folder or the embedded digits, as pixels in [0, 1] and integer labels."""
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
 from datasets.exceptions import DatasetGenerationError
-from PIL import Image as PILImage
+from PIL import Image as PillowImage
 from torch import Tensor
 from torch.nn import functional as F
 
-from .attacks import check_pixels
+from .pixels import (
+    as_pixel_dataset,
+    batches,
+    checked_labels,
+    collate_pixels,
+    find_columns,
+    first_shape,
+    pack,
+    with_index,
+)
 
-logger = logging.getLogger(__name__)
+__all__ = [
+    "ImageData",
+    "as_pixel_dataset",
+    "augment",
+    "batches",
+    "calibration_batches",
+    "collate_pixels",
+    "digits_dataset",
+    "load_image_data",
+    "stratified_order",
+    "stratified_split",
+    "stratified_subset",
+    "with_index",
+]
 
 DIGITS = "digits"
-TEST_NAMES = ("test", "valid", "validation", "val")
-VALIDATION_NAMES = ("validation", "valid", "val")
-LABEL_NAMES = ("labels", "label")
+TEST_SPLITS = ("test", "valid", "validation", "val")
+VALIDATION_SPLITS = ("validation", "valid", "val")
 
 
 @dataclass(frozen=True)
@@ -32,20 +51,19 @@ class ImageData:
 
     Args:
         train, validation, test ([`datasets.Dataset`]):
-            Pixel data sets as [`as_pixel_dataset`] makes them. No image stands in two of them unless the source
-            repeats it.
+            Pixel data sets, see [`as_pixel_dataset`]. They share no row.
         class_names (`list[str]`):
             Name of each label.
         image_size (`int`):
             Height and width of every image.
         image_mean, image_std (`list[float]`):
-            Mean and standard deviation per channel over the pixels of `train`, in [0, 1].
+            Mean and standard deviation of each channel over the pixels of `train`, in [0, 1].
         name (`str`):
-            Hub id, name of the local folder, or `"digits"`.
+            Hub id, name of the local folder (never its path), or `"digits"`.
         flip (`bool`):
-            Whether a mirrored image keeps its class: False where the classes are the ten digits.
+            Whether a mirrored image keeps its class: False where the class names are the ten digits.
         description (`dict`):
-            What was read, as JSON: configuration, revision, splits, columns, sizes, limits, seed. Holds no local path.
+            What was read, fit for JSON: configuration, revision, splits, columns, sizes, limits, seed.
     """
 
     train: Dataset
@@ -75,100 +93,287 @@ def load_image_data(
     token: str | bool | None = None,
 ) -> ImageData:
     """
-    Load a data set and cut it into train, validation and test.
+    Loads a data set and cuts it into train, validation and test.
 
-    `train` is needed; the test split is the first found of `test`, `valid`, `validation`, `val`; any other split
-    (SVHN's `extra`) is left out. A data set that has both a test and a validation split uses its own validation.
-    From any other, 1,000 training images or a tenth of them, whichever is less, are cut as validation, stratified by
-    class, before `max_train_samples` applies: the limit changes what trains, not what validates.
+    A `train` split is needed; the test split is the first found of `test`, `valid`, `validation` and `val`; a data set
+    that has both a test and a validation split uses its own validation. From any other, 1,000 training images or a
+    tenth of them, whichever is less, become the validation, stratified by class. They are cut before
+    `max_train_samples` applies, so that the limit never changes what validates. Other splits (SVHN's `extra`) are
+    left out.
 
     Args:
         dataset_name (`str`, *optional*):
-            Hub id, or folder that `datasets.load_dataset` reads. None or `"digits"` is [`digits_dataset`].
+            Hub id, or a folder that `datasets.load_dataset` reads. None and `"digits"` are [`digits_dataset`].
         dataset_config_name (`str`, *optional*):
-            Configuration of the data set, such as `"cropped_digits"` of SVHN.
+            Configuration of the data set, such as SVHN's `"cropped_digits"`.
         image_column_name, label_column_name (`str`, *optional*):
-            Columns to read. By default the one image column, and of the class label columns the one with most
-            classes (`fine_label` of CIFAR-100); an integer column `labels` or `label` where there is no class label.
+            Columns to read. By default the one image column, and the class label column with most classes
+            (`fine_label` of CIFAR-100) or else an integer column called `labels` or `label`.
         image_size (`int`, *optional*):
-            Height and width that every image is resized to (see [`as_pixel_dataset`]). By default the images' own,
-            which must then be square and all the same.
+            Height and width to bring every image to, see [`as_pixel_dataset`]. By default the images' own, which must
+            then be square and all the same.
         max_train_samples, max_eval_samples (`int`, *optional*):
-            Most images to keep for training, and for each of validation and test. The kept ones are stratified.
-        seed (`int`):
-            Seed of every cut.
+            Most images for training, and for each of validation and test: a stratified choice.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of every cut and choice.
         cache_dir, revision, token:
             As in `datasets.load_dataset`.
 
+    Returns:
+        [`ImageData`]
+
     Raises:
-        ValueError: where a split, a column, a label, an image or an argument does not fit; the message names it.
-        OSError: where the data set cannot be reached.
+        ValueError: where a split, a column, a label, an image or an argument does not fit.
+        OSError: where the data set cannot be found or reached.
+        ImportError: where the embedded digits are asked for and scikit-learn is missing.
     """
-    for argument, value in {
-        "image_size": image_size,
-        "max_train_samples": max_train_samples,
-        "max_eval_samples": max_eval_samples,
-    }.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{argument} must be a positive whole number, got {value!r}")
-    source = _load_splits(dataset_name, dataset_config_name, cache_dir=cache_dir, revision=revision, token=token)
-    name = _public_name(dataset_name)
-    test_name = _test_split(source, name)
-    validation_name = next((s for s in VALIDATION_NAMES if s in source and s != test_name), None)
-    sources = {"train": "train", "validation": validation_name or "train", "test": test_name}
+    counts = {"image_size": image_size, "max_train_samples": max_train_samples, "max_eval_samples": max_eval_samples}
+    for argument, count in counts.items():
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            raise ValueError(f"{argument} is {count!r}; a whole number of 1 or more is needed.")
+    name = DIGITS if dataset_name is None else dataset_name
+    source = _load_splits(name, dataset_config_name, cache_dir=cache_dir, revision=revision, token=token)
+    if name != DIGITS and Path(name).expanduser().is_dir():
+        name = Path(name).expanduser().resolve().name
+    origin = _choose_splits(source, name)
 
-    # Everything that can be refused is refused before the first image is decoded in bulk.
-    image_column, label_column = find_columns(source["train"], image_column_name, label_column_name)
-    class_names: list[str] | None = None
+    # Whatever can be refused cheaply is refused before any split is decoded.
+    class_names: list[str] = []
     labels, shapes = {}, {}
-    for split in dict.fromkeys(sources.values()):
+    columns = (image_column_name, label_column_name)
+    for split in dict.fromkeys(origin.values()):
         try:
-            find_columns(source[split], image_column, label_column)
-            labels[split], class_names = _checked_labels(source[split], label_column, class_names)
-            shapes[split] = _first_shape(source[split], image_column, image_size)
+            columns = image_column, label_column = find_columns(source[split], *columns)
+            labels[split], class_names = checked_labels(source[split], label_column, class_names or None)
+            shapes[split] = first_shape(source[split], image_column, image_size)
         except ValueError as error:
-            raise ValueError(f"data set {name}, split {split}: {error}") from error
-    if len(set(shapes.values())) > 1 or len(set(shapes["train"])) > 1:
+            raise ValueError(f"Data set {name}, split {split}: {error}") from error
+    size = shapes["train"][0]
+    if set(shapes.values()) != {(size, size)}:
         found = ", ".join(f"{height}x{width} in {split}" for split, (height, width) in shapes.items())
-        raise ValueError(f"data set {name}: images must be square and of one size, found {found}; give image_size")
+        raise ValueError(f"Data set {name}: images must be square and of one size, found {found}; give image_size.")
 
-    order = stratified_order(labels["train"], seed)
-    cut = 0 if validation_name else min(1000, len(order) // 10)
-    if not validation_name and not cut:
-        raise ValueError(f"data set {name}: a tenth of {len(order)} training images leaves no validation image")
-    rows = {
-        "train": order[cut:][:max_train_samples],
-        "validation": order[:cut][:max_eval_samples],
-        "test": stratified_order(labels[test_name], seed)[:max_eval_samples],
-    }
-    if validation_name:
-        rows["validation"] = stratified_order(labels[validation_name], seed)[:max_eval_samples]
-    parts = {
-        part: _pixels_of_rows(source[split], rows[part], image_size, image_column, label_column, class_names)
-        for part, split in sources.items()
-    }
-    mean, std = pixel_statistics(parts["train"])
-    label_feature = source["train"].features[label_column]
+    parts = {}
+    for part, rows in _choose_rows(origin, labels, max_train_samples, max_eval_samples, seed).items():
+        try:
+            parts[part] = _pixels_of_rows(source[origin[part]], rows, columns, (size, size), class_names, image_size)
+        except ValueError as error:
+            raise ValueError(f"Data set {name}, split {origin[part]}: {error}") from error
+    mean, std = _pixel_statistics(parts["train"])
+    names = getattr(source["train"].features[label_column], "names", None)
     description = {
         "dataset_name": name,
         "dataset_config_name": dataset_config_name,
         "revision": revision,
-        "splits": {part: {"from": split, "num_images": len(parts[part])} for part, split in sources.items()},
+        "splits": {part: {"from": split, "num_images": len(parts[part])} for part, split in origin.items()},
         "image_column": image_column,
         "label_column": label_column,
-        "num_classes": len(class_names or ()),
-        "image_size": shapes["train"][0],
-        "max_train_samples": max_train_samples,
-        "max_eval_samples": max_eval_samples,
+        "num_classes": len(class_names),
+        **counts,
+        "image_size": size,
         "seed": seed,
     }
+    flip = names is None or set(names) != set("0123456789")
     return ImageData(
         **parts,
-        class_names=list(class_names or ()),
-        image_size=shapes["train"][0],
+        class_names=class_names,
+        image_size=size,
         image_mean=mean,
         image_std=std,
         name=name,
-        flip=not (isinstance(label_feature, ClassLabel) and set(label_feature.names) == set("0123456789")),
+        flip=flip,
         description=description,
     )
+
+
+def digits_dataset() -> DatasetDict:
+    """
+    scikit-learn's handwritten digits (no download) as 16x16 RGB images: columns `image` and `label`, 1,197 train, 100
+    validation and 500 test images, stratified by class, always the same ones.
+
+    Raises:
+        ImportError: where scikit-learn is missing.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            "The embedded digits come with scikit-learn, which is missing: install scikit-learn or name a data set."
+        ) from error
+    digits = load_digits()
+    grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    images = [
+        PillowImage.fromarray(pixels).resize((16, 16), PillowImage.Resampling.BILINEAR).convert("RGB")
+        for pixels in grey
+    ]
+    features = Features({"image": Image(), "label": ClassLabel(names=[str(digit) for digit in range(10)])})
+    dataset = Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)
+    test, validation, train = np.split(stratified_order(digits.target, seed=0), [500, 600])
+    return DatasetDict(train=dataset.select(train), validation=dataset.select(validation), test=dataset.select(test))
+
+
+def _load_splits(name: str, config: str | None, **options: Any) -> DatasetDict:
+    if name == DIGITS:
+        if config is not None:
+            raise ValueError(f"The embedded digits have no configurations, got dataset_config_name={config!r}.")
+        return digits_dataset()
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(f"There is no data set folder {name}.")
+    advice = 'Give the id of a data set on the Hub, a folder that datasets.load_dataset reads, or "digits".'
+    try:
+        return load_dataset(str(folder) if folder.is_dir() else name, config, **options)
+    except OSError as error:
+        raise OSError(
+            f"Data set {name} cannot be loaded: {_one_line(error)}. {advice} A private one needs a token, and without "
+            "a network only what the cache holds can be read."
+        ) from error
+    except (ValueError, DatasetGenerationError) as error:
+        raise ValueError(
+            f"Data set {name} cannot be loaded: {_one_line(error.__cause__ or error)}. {advice}"
+        ) from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()).rstrip(".!")
+
+
+def _choose_splits(source: DatasetDict, name: str) -> dict[str, str]:
+    """The source split of each part."""
+    if "train" not in source:
+        raise ValueError(f"Data set {name} has no split train; it has {', '.join(source)}.")
+    test = next((split for split in TEST_SPLITS if split in source), None)
+    if test is None:
+        raise ValueError(
+            f"Data set {name} has no test split (one called {', '.join(TEST_SPLITS)}); it has {', '.join(source)}."
+        )
+    validation = next((split for split in VALIDATION_SPLITS if split in source and split != test), "train")
+    return {"train": "train", "validation": validation, "test": test}
+
+
+def _choose_rows(
+    origin: Mapping[str, str], labels: Mapping[str, np.ndarray], max_train: int | None, max_eval: int | None, seed: int
+) -> dict[str, np.ndarray | None]:
+    """The rows of each part in its source split; None is all of them in their own order."""
+    limits = {"train": max_train, "validation": max_eval, "test": max_eval}
+    chosen: dict[str, np.ndarray | None] = {}
+    for part, split in origin.items():
+        limit = limits[part]
+        everything = limit is None or limit >= len(labels[split])
+        chosen[part] = None if everything else stratified_order(labels[split], seed)[:limit]
+    if origin["validation"] == "train":
+        total = len(labels["train"])
+        cut = min(1000, total // 10)
+        if not cut:
+            raise ValueError(f"{total} training images are too few: validation takes a tenth of them, 10 are needed.")
+        order = stratified_order(labels["train"], seed)
+        chosen["validation"], chosen["train"] = order[:cut][:max_eval], order[cut:][:max_train]
+    return chosen
+
+
+def _pixels_of_rows(dataset: Dataset, rows: np.ndarray | None, *settings: Any) -> Dataset:
+    """A small part is decoded alone; a large one comes from the whole split, which every seed finds in the cache."""
+    if rows is None or 2 * len(rows) < len(dataset):
+        return pack(dataset, rows, *settings)
+    return pack(dataset, None, *settings).select(rows)
+
+
+def _pixel_statistics(dataset: Dataset) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel."""
+    total, squares, count = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64), 0
+    for images, _ in batches(dataset, 1024):
+        total += images.sum((0, 2, 3)).double()
+        squares += images.square().sum((0, 2, 3)).double()
+        count += images.numel() // 3
+    mean = total / count
+    return mean.tolist(), (squares / count - mean.square()).clamp(min=0).sqrt().tolist()
+
+
+# ---- Stratified choices ---------------------------------------------------------------------------------------------
+
+
+def stratified_order(labels: Sequence[int] | np.ndarray, seed: int = 0) -> np.ndarray:
+    """
+    A random order of the rows in which every stretch, so every prefix too, has the classes in proportion.
+
+    Images of a class are shuffled and the classes interleaved as Webster's method apportions seats: the k-th of a
+    class of n comes at (k - 1/2) / n. So it needs no least number of images a class, as a stratified split does.
+
+    Returns:
+        `np.ndarray`: row numbers, int64.
+    """
+    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    _, classes, sizes = np.unique(np.asarray(labels)[shuffled], return_inverse=True, return_counts=True)
+    by_class = np.argsort(classes, kind="stable")
+    place = np.empty(len(labels))
+    place[by_class] = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return shuffled[np.argsort((place + 0.5) / sizes[classes], kind="stable")]
+
+
+def stratified_split(dataset: Dataset, n: int, seed: int = 0) -> tuple[Dataset, Dataset]:
+    """
+    Splits a pixel data set into `n` images with the classes in proportion, and the rest.
+
+    Raises:
+        ValueError: where `n` is not in 1 ... number of images.
+    """
+    if not 1 <= n <= len(dataset):
+        raise ValueError(f"{n} images were asked for; the data set has {len(dataset)}, 1 or more are needed.")
+    order = stratified_order(dataset["labels"][:], seed)
+    return dataset.select(order[:n]), dataset.select(order[n:])
+
+
+def stratified_subset(dataset: Dataset, n: int, seed: int = 0) -> Dataset:
+    """`n` images of a pixel data set with the classes in proportion, see [`stratified_split`]."""
+    return stratified_split(dataset, n, seed)[0]
+
+
+def calibration_batches(dataset: Dataset, sets: int = 3, size: int = 128, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """
+    Draws calibration sets from a pixel data set, each stratified by class, no image in two of them.
+
+    Returns:
+        `list[tuple[Tensor, Tensor]]`: `sets` pairs of images (float32 `[size, 3, H, W]` in [0, 1]) and labels.
+
+    Raises:
+        ValueError: where the data set has fewer than `sets * size` images.
+    """
+    if sets * size > len(dataset):
+        raise ValueError(
+            f"{sets} calibration sets of {size} need {sets * size} images, the data set has {len(dataset)}; "
+            "ask for fewer sets or smaller ones."
+        )
+    order = stratified_order(dataset["labels"][:], seed)
+    return list(batches(dataset, size, order[: sets * size]))
+
+
+# ---- Augmentation ---------------------------------------------------------------------------------------------------
+
+
+def augment(images: Tensor, *, padding: int | None = None, flip: bool = True) -> Tensor:
+    """
+    Crops every image of a batch at random out of its zero-padded self, and mirrors every second one or so.
+
+    Draws from the global generator of the images' device: first the vertical and horizontal offsets, then the coins.
+
+    Args:
+        images (`torch.Tensor`):
+            Batch `[N, C, H, W]`.
+        padding (`int`, *optional*):
+            Zeros added on each side. An eighth of the height by default (4 at 32x32); 0 leaves the crop out.
+        flip (`bool`, *optional*, defaults to `True`):
+            Whether to mirror horizontally with probability 1/2. Not for classes that a mirror changes, such as digits.
+
+    Returns:
+        `torch.Tensor`: a batch of the same shape.
+    """
+    count, _, height, width = images.shape
+    padding = height // 8 if padding is None else padding
+    if padding:
+        down, right = torch.randint(2 * padding + 1, (2, count), device=images.device)
+        windows = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)
+        images = windows[torch.arange(count, device=images.device), :, down, right]
+    if flip:
+        coins = torch.rand(count, device=images.device) < 0.5
+        images = torch.where(coins.view(-1, 1, 1, 1), images.flip(3), images)
+    return images

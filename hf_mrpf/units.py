@@ -29,7 +29,7 @@ class PruningUnit:
         kind (`str`):
             `"channels"`.
         width (`int`):
-            Number of channels. Channel `i` of the unit is output `i` of the layer the unit was traced from.
+            Number of channels. Channel `i` is output `i` of every member (a block of outputs where they are unflattened).
         members (`tuple[str, ...]`):
             `named_modules` names of the convolutions and linear layers whose *output* channels are in the unit, in
             module order.
@@ -200,8 +200,12 @@ def _coupled_groups(model: nn.Module, example: Tensor) -> list["Group"]:
         return logits_of(traced(images)) + 0.0
 
     with torch.enable_grad(), _all_trainable(model):
-        graph = tp.DependencyGraph().build_dependency(model, example, forward_fn=forward, verbose=False)
-        groups = list(graph.get_all_groups())
+        try:
+            graph = tp.DependencyGraph().build_dependency(model, example, forward_fn=forward, verbose=False)
+            groups = list(graph.get_all_groups())
+        except Exception as error:
+            # The forward pass itself ran just before, so this is an operation that torch-pruning cannot follow.
+            raise unsupported("", model, f"holds an operation that torch-pruning cannot follow ({error!r})") from error
     output = tp.ops.OPTYPE.OUTPUT
     return [group for group in groups if all(dep.target.type != output for dep, _ in group)]
 
@@ -220,7 +224,8 @@ def _slots(group: "Group", names: Mapping[nn.Module, str], layers: Mapping[str, 
         positions: list[list[int]] = [[] for _ in range(width)]
         for index, channel in zip(item.idxs, item.root_idxs, strict=True):
             positions[channel].append(index)
-        if len({len(indices) for indices in positions}) != 1 or len(set(item.idxs)) != len(item.idxs):
+        uneven = len({len(indices) for indices in positions}) != 1 or len(set(item.idxs)) != len(item.idxs)
+        if uneven or (side == "out" and len(item.idxs) != layer.outs):
             raise unsupported(name, item.dep.target.module, "sees its channels mixed by an operation before it")
         yield Slot(name, side, tuple(tuple(sorted(indices)) for indices in positions))
 
@@ -261,7 +266,9 @@ def _shape(module: nn.Module, kind: str, positions: int) -> _Layer:
     return _Layer(kind, weight.shape[0], weight.shape[1], positions * kernel, kernel, bias)
 
 
-def _refuse_other_products(counter: FlopCounterMode, modules: Mapping[str, nn.Module], kinds: Mapping[str, str]) -> None:
+def _refuse_other_products(
+    counter: FlopCounterMode, modules: Mapping[str, nn.Module], kinds: Mapping[str, str]
+) -> None:
     """Name the innermost module that multiplies matrices (as attention does) outside of the known layers."""
     counts = {name.partition(".")[2]: sum(flops.values()) for name, flops in counter.get_flop_counts().items()}
     for name, module in reversed(modules.items()):

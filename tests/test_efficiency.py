@@ -115,7 +115,7 @@ def test_latency_waits_for_the_gpu(monkeypatch):
 def test_latency_refuses_nonsense():
     with pytest.raises(ValueError, match="at least one model"):
         measure_latency({}, 8)
-    with pytest.raises(ValueError, match="rounds and batch_size must be at least 1.*rounds=0"):
+    with pytest.raises(ValueError, match=r"rounds and batch_size must be at least 1.*rounds=0"):
         measure_latency({"model": nn.Identity()}, 8, rounds=0)
 
 

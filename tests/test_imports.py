@@ -15,6 +15,7 @@ FLOORS = {
     "architectures": 0,
     "efficiency": 0,
     "run_folder": 0,
+    "report": 0,
     "objectives": 1,
     "importance": 1,
     "units": 1,

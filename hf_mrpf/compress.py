@@ -1,0 +1,94 @@
+"""Everything but training in one call: scores, plan, removal, repair, BatchNorm statistics."""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attacks import AttackConfig, eval_mode, keyed_start, logits_of, pgd_attack
+from .pruning import PruningPlan, plan_pruning, prune
+from .repair import RepairReport, recalibrate_batchnorm, repair
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """
+    What each step of [`compress`] did to the accuracy on the calibration images (not on test images).
+
+    Attributes:
+        accuracy (`dict[str, dict[str, float]]`):
+            `"clean"` and `"robust"` accuracy in [0, 1] after each step: `"dense"`, `"pruned"`, `"repaired"`,
+            `"recalibrated"`. Each model is attacked anew.
+        repair ([`RepairReport`]): per layer.
+    """
+
+    accuracy: dict[str, dict[str, float]]
+    repair: RepairReport
+
+
+def compress(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    target: float = 0.5,
+    *,
+    attack: AttackConfig | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> tuple[PruningPlan, CompressionReport]:
+    """
+    Prune a model to a fraction of its cost without training it, in place.
+
+    Args:
+        model (`nn.Module`):
+            Takes pixels in [0, 1] and returns logits, or an output with `.logits`.
+        batches (`Iterable[tuple[Tensor, Tensor]]`):
+            Calibration sets of training images `[N, 3, H, W]` in [0, 1] and labels `[N]`; BatchNorm statistics are measured
+            on them too, clean.
+        target (`float`, *optional*, defaults to 0.5):
+            Fraction of the target metric to KEEP, in (0, 1).
+        attack ([`AttackConfig`], *optional*):
+            Defaults to `AttackConfig()`.
+        seed (`int`, *optional*, defaults to 0):
+            Of the attack's starts.
+        options:
+            Further keywords of [`plan_pruning`].
+
+    Returns:
+        `tuple[PruningPlan, CompressionReport]`.
+
+    Raises:
+        ValueError: As [`plan_pruning`] does; the model is unchanged then.
+    """
+    attack = attack or AttackConfig()
+    sets = list(batches)
+    if not sets:
+        raise ValueError("batches are empty; compress needs at least one calibration set (images, labels).")
+    plan = plan_pruning(model, sets[0][0][:1], target=target, batches=sets, attack=attack, seed=seed, **options)
+    dense = copy.deepcopy(model)
+    accuracy = {"dense": _accuracy(model, sets, attack, seed)}
+    prune(model, plan)
+    accuracy["pruned"] = _accuracy(model, sets, attack, seed)
+    repaired = repair(model, dense, plan, sets, attack, seed=seed)
+    accuracy["repaired"] = _accuracy(model, sets, attack, seed)
+    recalibrate_batchnorm(model, sets)
+    accuracy["recalibrated"] = _accuracy(model, sets, attack, seed)
+    return plan, CompressionReport(accuracy, repaired)
+
+
+def _accuracy(model: nn.Module, sets: list[tuple[Tensor, Tensor]], attack: AttackConfig, seed: int) -> dict[str, float]:
+    device = next(model.parameters()).device
+    clean = robust = total = 0
+    with eval_mode(model):
+        for images, labels in sets:
+            images, labels = images.to(device), labels.to(device)
+            indices = range(total, total + len(images))
+            start = keyed_start(images, indices, attack, seed) if attack.random_start else None
+            attacked = pgd_attack(model, images, labels, attack, start=start)
+            with torch.no_grad():
+                clean += int((logits_of(model(images)).argmax(1) == labels).sum())
+                robust += int((logits_of(model(attacked)).argmax(1) == labels).sum())
+            total += len(images)
+    return {"clean": clean / total, "robust": robust / total}

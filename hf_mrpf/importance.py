@@ -1,0 +1,156 @@
+"""How much each channel of a unit matters: torch-pruning's importances, with the gradients they need made rightly."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attacks import eval_mode, logits_of
+
+if TYPE_CHECKING:
+    from torch_pruning.dependency import Group
+    from torch_pruning.pruner.importance import Importance
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+def magnitude(model: nn.Module, groups: Mapping[str, "Group"], batches: Batches, seed: int) -> dict[str, Tensor]:
+    """
+    Squared l2 norm of all weights that a channel touches, relative to the unit's mean (group magnitude, p = 2,
+    [DepGraph](https://huggingface.co/papers/2301.12900)).
+
+    Args:
+        model (`nn.Module`): model that the groups were traced on.
+        groups (`Mapping[str, Group]`): torch-pruning's group with all channels of each unit.
+        batches (`Iterable[tuple[Tensor, Tensor]]`): adversarial images `[N, 3, H, W]` in [0, 1] and labels `[N]`; only
+            the data-driven importances read them.
+        seed (`int`): seed of the random importance.
+
+    Returns:
+        `dict[str, Tensor]`: for each unit one finite score a channel, `[width]`, on the CPU; higher is kept first.
+
+    Raises:
+        ValueError: if a score is not finite.
+    """
+    from torch_pruning.pruner.importance import GroupMagnitudeImportance
+
+    return _score(GroupMagnitudeImportance(p=2), groups)
+
+
+def random(model: nn.Module, groups: Mapping[str, "Group"], batches: Batches, seed: int) -> dict[str, Tensor]:
+    """Uniform noise in [0, 1) from `seed`: the control. Arguments and result as for [`magnitude`]."""
+    from torch_pruning.pruner.importance import RandomImportance
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _score(RandomImportance(), groups)
+
+
+def lamp(model: nn.Module, groups: Mapping[str, "Group"], batches: Batches, seed: int) -> dict[str, Tensor]:
+    """
+    Squared norm of a channel over the summed norm of all that are at least as large, which compares between units
+    ([LAMP](https://huggingface.co/papers/2010.07611)). Arguments and result as for [`magnitude`].
+    """
+    from torch_pruning.pruner.importance import LAMPImportance
+
+    return _score(LAMPImportance(), groups)
+
+
+def taylor(model: nn.Module, groups: Mapping[str, "Group"], batches: Batches, seed: int) -> dict[str, Tensor]:
+    """
+    First-order change of the adversarial cross-entropy, sum of |weight * gradient| over the weights that a channel
+    touches ([Molchanov et al., 2019](https://huggingface.co/papers/1906.10771)). Arguments and result as for
+    [`magnitude`]; `batches` must not be empty.
+    """
+    from torch_pruning.pruner.importance import GroupTaylorImportance
+
+    with _borrowed_gradients(model) as parameters:
+        count = 0
+        for images, labels in batches:
+            F.cross_entropy(logits_of(model(images)), labels, reduction="sum").backward()
+            count += len(labels)
+        _divide(parameters, count, "taylor")
+        return _score(GroupTaylorImportance(), groups)
+
+
+def hessian(model: nn.Module, groups: Mapping[str, "Group"], batches: Batches, seed: int) -> dict[str, Tensor]:
+    """
+    Second-order change of the adversarial cross-entropy, sum of weight^2 times the mean squared gradient of single
+    images ([Optimal Brain Damage](https://proceedings.neurips.cc/paper/1989/hash/6c9882bbac1c7093bd25041881277658-Abstract.html)
+    with the empirical Fisher diagonal). Arguments and result as for [`magnitude`]; `batches` must not be empty.
+    """
+    from torch_pruning.pruner.importance import GroupHessianImportance
+
+    with _borrowed_gradients(model) as parameters:
+        squares = [torch.zeros_like(parameter) for parameter in parameters]
+        count = 0
+        for images, labels in batches:
+            losses = F.cross_entropy(logits_of(model(images)), labels, reduction="none")
+            for loss in losses:
+                gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+                for square, gradient in zip(squares, gradients, strict=True):
+                    if gradient is not None:
+                        square.addcmul_(gradient, gradient)
+                count += 1
+        # The class's own accumulate_grad keeps only the last image; it reads means of squares from .grad as well.
+        for parameter, square in zip(parameters, squares, strict=True):
+            parameter.grad = square
+        _divide(parameters, count, "hessian")
+        return _score(GroupHessianImportance(), groups)
+
+
+def get_importance(name: str) -> Callable[..., dict[str, Tensor]]:
+    """The importance function of that name; a ValueError lists the known ones."""
+    if name not in IMPORTANCES:
+        raise ValueError(f"importance is {name!r}; known importances: {', '.join(IMPORTANCES)}.")
+    return IMPORTANCES[name]
+
+
+def _score(importance: "Importance", groups: Mapping[str, "Group"]) -> dict[str, Tensor]:
+    scores = {}
+    for name, group in groups.items():
+        # A unit whose weights (or gradients) are all zero makes 0/0 of the class's normaliser: no channel is preferred.
+        score = importance(group).detach().float().cpu()
+        if score.isnan().all():
+            score = torch.zeros_like(score)
+        if not score.isfinite().all():
+            raise ValueError(f"the importance of unit {name!r} is not finite; are its weights?")
+        scores[name] = score
+    return scores
+
+
+def _divide(parameters: list[nn.Parameter], count: int, name: str) -> None:
+    if count == 0:
+        raise ValueError(f"importance {name!r} needs images to take gradients on; batches are empty.")
+    for parameter in parameters:
+        # The classes read every weight's gradient; one that the loss does not reach has none.
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad / count
+
+
+@contextmanager
+def _borrowed_gradients(model: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """Eval mode, every parameter trainable and without gradient; afterwards all of it is as it was."""
+    parameters = list(model.parameters())
+    before = [(parameter.grad, parameter.requires_grad) for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+            parameter.requires_grad_(True)
+        with eval_mode(model), torch.enable_grad():
+            yield parameters
+    finally:
+        for parameter, (gradient, flag) in zip(parameters, before, strict=True):
+            parameter.grad = gradient
+            parameter.requires_grad_(flag)
+
+
+IMPORTANCES: dict[str, Callable[..., dict[str, Tensor]]] = {
+    "magnitude": magnitude,
+    "random": random,
+    "taylor": taylor,
+    "hessian": hessian,
+    "lamp": lamp,
+}

@@ -1,0 +1,818 @@
+"""The model: a timm or transformers classifier that takes pixels in [0, 1] and knows how it was pruned.
+
+This file is copied beside the weights of every saved model (`trust_remote_code`), so it imports nothing of `hf_mrpf`.
+"""
+
+import difflib
+import inspect
+import json
+import math
+import reprlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig
+from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+
+# fmt: off
+# What a pruning record may set on a module, besides tensors: sizes, and the softmax scale that follows from one.
+SIZE_ATTRIBUTES = frozenset({
+    "in_channels", "out_channels", "groups", "num_channels", "num_groups", "in_features", "out_features",
+    "num_features", "head_hidden_size", "normalized_shape", "num_heads", "num_attention_heads", "head_dim",
+    "attention_head_size", "all_head_size", "attn_dim", "embed_dim", "dim", "out_dim", "hidden_size", "scale",
+    "scaling"
+})
+# Arguments that would reach files, the network or another device, or that this class sets itself.
+_REFUSED_TIMM_KWARGS = frozenset({
+    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_filter_fn",
+    "pretrained_model_args", "checkpoint_path", "cache_dir", "kwargs_filter", "num_classes", "features_only",
+    "feature_cfg", "out_indices", "pruned", "scriptable", "exportable", "no_jit", "device", "dtype"
+})
+# Keys of a transformers config that are not the network's, or would fetch code.
+_DROPPED_CONFIG_KEYS = frozenset({
+    "id2label", "label2id", "num_labels", "auto_map", "transformers_version", "_name_or_path", "name_or_path",
+    "dtype", "torch_dtype", "attn_implementation", "experts_implementation", "quantization_config"
+})
+# fmt: on
+_RECIPE_FIELDS: dict[str, dict[str, type]] = {"timm": {"name": str, "kwargs": dict}, "transformers": {"config": dict}}
+# Wrappers of other libraries' checkpoints: their configs name files and repositories.
+_REFUSED_MODEL_TYPES = ("mrpf", "timm_wrapper")
+# What constructors of networks and configs raise for arguments that do not fit.
+_BUILD_ERRORS = (
+    AssertionError, AttributeError, LookupError, ArithmeticError, RuntimeError, TypeError, ValueError,
+    StrictDataclassError,
+)  # fmt: skip
+
+
+class PrunedConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`PrunedForImageClassification`]: everything but the weights, as plain JSON.
+
+    Args:
+        backbone (`dict`, *optional*):
+            Recipe of the dense network: `{"source": "timm", "name": "resnet18", "kwargs": {...}}` or
+            `{"source": "transformers", "config": {"model_type": "resnet", ...}}`. Defaults to timm's ResNet-18.
+        image_size (`int`, *optional*, defaults to 224):
+            Height and width of the images in pixels.
+        image_mean (`list[float]`, *optional*, defaults to `[0.0, 0.0, 0.0]`):
+            Mean of each channel, of pixels in [0, 1]; the model subtracts it.
+        image_std (`list[float]`, *optional*, defaults to `[1.0, 1.0, 1.0]`):
+            Standard deviation of each channel, above 0; the model divides by it.
+        small_images (`bool`, *optional*, defaults to `False`):
+            Whether the backbone has the form for images of CIFAR's size (see [`SMALL_IMAGE_FORMS`]).
+        pruning (`dict`, *optional*):
+            What [`describe_pruning`] says of the model, `None` for a dense one. Saving a model refreshes it.
+
+    Raises:
+        ValueError: for a value of another kind, naming the key.
+    """
+
+    model_type = "mrpf"
+
+    def __init__(
+        self,
+        backbone: dict[str, Any] | None = None,
+        image_size: int = 224,
+        image_mean: Iterable[float] = (0.0, 0.0, 0.0),
+        image_std: Iterable[float] = (1.0, 1.0, 1.0),
+        small_images: bool = False,
+        pruning: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.backbone = _checked_recipe(
+            {"source": "timm", "name": "resnet18", "kwargs": {}} if backbone is None else backbone
+        )
+        if not _is_size(image_size):
+            raise ValueError(f"image_size must be a positive integer (pixels), got {image_size!r}")
+        self.image_size = image_size
+        self.image_mean = _checked_channels("image_mean", image_mean)
+        self.image_std = _checked_channels("image_std", image_std, positive=True)
+        if not isinstance(small_images, bool):
+            raise ValueError(f"small_images must be true or false, got {small_images!r}")
+        self.small_images = small_images
+        if pruning is not None and not isinstance(pruning, dict):
+            raise ValueError(f"pruning must be null or an object of 'shapes' and 'attrs', got {reprlib.repr(pruning)}")
+        self.pruning = pruning
+        super().__init__(**kwargs)
+        if not self.num_labels:
+            raise ValueError("id2label must name at least one class")
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in transformers, which would silently take the defaults where there is no `config.json`."""
+        values, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not values:
+            raise OSError(f"{pretrained_model_name_or_path} holds no config.json")
+        return values, unused
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers; every refusal of the values is a `ValueError` that names the file and the key."""
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except _BUILD_ERRORS as error:
+            raise ValueError(f"config.json: {error}") from error
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write `config.json` and `preprocessor_config.json` (for `pipeline`); arguments as in transformers."""
+        # Saving a model runs this in its middle, so that this file is among those that are pushed.
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        processor = {
+            "image_processor_type": "ViTImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"height": self.image_size, "width": self.image_size},
+            "resample": 2,  # bilinear
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": False,  # the model normalises
+        }
+        (Path(save_directory) / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+class PrunedForImageClassification(PreTrainedModel):
+    r"""
+    An image classifier that normalises inside and can be pruned, saved and loaded like any transformers model.
+
+    `model.backbone` is the plain timm or transformers network. Make one with [`from_backbone`] or `from_pretrained`;
+    `PrunedForImageClassification(config)` has random weights in the shapes of the config's pruning record.
+
+    Raises:
+        ValueError: for a recipe, an image size or a pruning record that cannot work, before memory is spent on weights.
+    """
+
+    config_class = PrunedConfig
+    main_input_name = "pixel_values"
+    input_modalities = ["image"]  # noqa: RUF012
+    accepts_loss_kwargs = False
+    _supports_sdpa = True
+    _keep_in_fp32_modules_strict = {"image_mean", "image_std"}  # noqa: RUF012
+
+    config: PrunedConfig
+    backbone: nn.Module
+    image_mean: Tensor
+    image_std: Tensor
+
+    def __init__(self, config: PrunedConfig, network: nn.Module | None = None) -> None:
+        eager = config._attn_implementation == "eager"
+        super().__init__(config)
+        try:
+            with torch.device("meta"):
+                plan = _build_backbone(config, eager)
+            if config.pruning is not None:
+                _apply_record(plan, config.pruning)
+            _check_forward(plan, config)
+        except ValueError as error:
+            if config.name_or_path:
+                raise ValueError(f"{config.name_or_path}: config.json: {error}") from error
+            raise
+
+        if network is None:
+            network = _build_backbone(config, eager)
+            if config.pruning is not None:
+                _apply_record(network, config.pruning)
+        self.backbone = network
+        # Loading leaves non-persistent buffers (such as Swin's relative position index) uninitialised.
+        for module in network.modules():
+            module._non_persistent_buffers_set.clear()
+        for name in ("image_mean", "image_std"):
+            self.register_buffer(name, torch.tensor(getattr(config, name), dtype=torch.float32))
+        self._no_split_modules = [type(network).__name__]
+        self.supports_gradient_checkpointing = _can_checkpoint(network)
+        self.post_init()
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: str | PreTrainedConfig | PreTrainedModel,
+        *,
+        num_labels: int | None = None,
+        id2label: dict[int, str] | None = None,
+        image_size: int | None = None,
+        small_images: bool = False,
+        pretrained: bool = False,
+        image_mean: Iterable[float] | None = None,
+        image_std: Iterable[float] | None = None,
+        **backbone_kwargs: Any,
+    ) -> Self:
+        r"""
+        Make a dense model, ready to be trained and pruned.
+
+        Args:
+            backbone (`str`, `PreTrainedConfig` or `PreTrainedModel`):
+                `"timm/resnet18"` or `"resnet18"` (random weights unless `pretrained`), `"timm/resnet18.a1_in1k"`
+                (those weights), a transformers id or folder (its weights), a transformers config (random weights),
+                or a transformers image classification model (its weights are copied).
+            num_labels (`int`, *optional*):
+                Number of classes. Defaults to `id2label`'s, then to the backbone's own; a different number means a
+                new, random head.
+            id2label (`dict[int, str]`, *optional*):
+                Name of each class.
+            image_size (`int`, *optional*):
+                Height and width in pixels. Defaults to the backbone's own, 224 where it has none.
+            small_images (`bool`, *optional*, defaults to `False`):
+                Give the backbone the form for images of CIFAR's size: a ResNet gets a 3x3 stem of stride 1 without
+                max-pooling, a VGG a linear head on its 512 features.
+            pretrained (`bool`, *optional*, defaults to `False`):
+                Download timm's default weights of the architecture.
+            image_mean, image_std (`list[float]`, *optional*):
+                Normalisation of each channel, for pixels in [0, 1]. Default to the backbone's own where weights are
+                downloaded, else to 0 and 1.
+            backbone_kwargs:
+                Arguments of the timm constructor, or attributes of the transformers config; JSON values only.
+
+        Raises:
+            ValueError: for an unknown name (close ones are listed), a plain `nn.Module`, contradicting labels, or a
+                size or an argument the backbone cannot work with.
+        """
+        if isinstance(id2label, dict) and num_labels not in (None, len(id2label)):
+            raise ValueError(f"num_labels is {num_labels}, but id2label names {len(id2label)} classes")
+        labels = len(id2label) if id2label is not None else num_labels
+        if labels is not None and not _is_size(labels):
+            raise ValueError(f"num_labels must be a positive integer, got {labels!r}")
+        if isinstance(backbone, str):
+            name = _timm_name(backbone)
+            start = (
+                _from_transformers_id(backbone, labels, image_size, backbone_kwargs)
+                if name is None
+                else _from_timm(name, labels, image_size, backbone_kwargs, pretrained=pretrained)
+            )
+        elif isinstance(backbone, PreTrainedModel):
+            start = _from_transformers_model(backbone, labels, image_size, backbone_kwargs)
+        elif isinstance(backbone, PreTrainedConfig):
+            start = _from_transformers_config(backbone, labels, image_size, backbone_kwargs)
+        else:
+            raise ValueError(
+                f"backbone must be a timm name, a transformers id, config or image classification model, got "
+                f"{type(backbone).__name__}: a network without a known recipe could not be built again on loading"
+            )
+        network = start.pop("network", None)
+        given = {"id2label": id2label, "image_mean": image_mean, "image_std": image_std}
+        start |= {key: value for key, value in given.items() if value is not None}
+        if id2label is not None:
+            start["label2id"] = {label: index for index, label in id2label.items()}
+        config = cls.config_class(small_images=small_images, **start)
+        if network is not None and small_images:
+            _fit_small_images(network)
+        model: Any = cls(config, network)
+        return model if network is None else model.to(device=next(network.parameters()).device)
+
+    def forward(
+        self, pixel_values: Tensor, labels: Tensor | None = None, return_dict: bool | None = None
+    ) -> ImageClassifierOutput | tuple[Tensor, ...]:
+        r"""
+        Classify images.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(N, 3, H, W)`):
+                Floating point pixels in [0, 1]; the model normalises them.
+            labels (`torch.Tensor` of shape `(N,)`, *optional*):
+                Class indices; with them the output has the mean cross-entropy as `loss`.
+            return_dict (`bool`, *optional*):
+                `False` for a tuple `(loss, logits)`, without the loss where there are no labels.
+
+        Returns:
+            [`~transformers.modeling_outputs.ImageClassifierOutput`] with `logits` of shape `(N, num_labels)`.
+
+        Raises:
+            ValueError: for integer pixels or another shape. The range is not checked: that would wait for the device.
+        """
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values must be floating point in [0, 1], got {pixel_values.dtype}: divide 8-bit pixels by 255"
+            )
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+            raise ValueError(
+                f"pixel_values must have shape (N, 3, H, W), got {tuple(pixel_values.shape)}: "
+                "convert greyscale images to RGB"
+            )
+        pixels = (pixel_values - self.image_mean.view(3, 1, 1)) / self.image_std.view(3, 1, 1)
+        logits = _logits(self.backbone(pixels.to(self.dtype)))
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        if return_dict is False or (return_dict is None and not self.config.return_dict):
+            return (logits,) if loss is None else (loss, logits)
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """Load a saved model, dense or pruned, strictly and from safetensors only; arguments as in transformers.
+
+        Raises:
+            ValueError: for a file that is damaged, lacks a tensor, has one too many or of another shape, or holds NaN,
+                and for a config that cannot work: the message names file and key.
+            OSError: for a missing file.
+        """
+        if kwargs.pop("ignore_mismatched_sizes", False):
+            raise ValueError("ignore_mismatched_sizes: these models load strictly; use from_backbone for a new head")
+        source = pretrained_model_name_or_path
+        kwargs |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        try:
+            loaded: Any = super().from_pretrained(source, *args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{source}: {_damaged_file(source)} cannot be read: {error}") from error
+        model, info = loaded
+        _check_loaded(model, info, source)
+        return loaded if output_loading_info else model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Write weights (safetensors), `config.json` with the pruning record of the model as it now is,
+        `preprocessor_config.json` and this file; arguments as in transformers."""
+        self.config.pruning = describe_pruning(self)
+        # The record speaks of the model's own tensor names.
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def initialize_weights(self) -> None:
+        """Do nothing: the backbone's constructor initialises it, and trained weights must stay."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Do nothing, for the same reason."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # `.to(bfloat16)` and `.half()` come through here: the statistics stay exact.
+        exact = {name: self._buffers[name] for name in ("image_mean", "image_std")}
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != torch.float32:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+        network: Any = self.backbone
+        if isinstance(network, PreTrainedModel):
+            network._set_gradient_checkpointing(enable, *args, **kwargs)
+        else:
+            network.set_grad_checkpointing(enable)
+
+
+def describe_pruning(model: PrunedForImageClassification) -> dict[str, Any] | None:
+    r"""
+    Say how a model differs in size from the dense backbone of its recipe.
+
+    Args:
+        model ([`PrunedForImageClassification`]):
+            A dense or pruned model.
+
+    Returns:
+        `{"shapes": {tensor: shape}, "attrs": {module: {attribute: value}}}` with everything that differs, under the
+        names of `model.state_dict()` and `model.named_modules()`; `None` for a dense model.
+
+    Raises:
+        ValueError: if the backbone has other tensors than its recipe, or larger ones: it could not be loaded again.
+    """
+    with torch.device("meta"):
+        dense = _build_backbone(model.config)
+    before = {name: list(tensor.shape) for name, tensor in _tensors(dense).items()}
+    after = {name: list(tensor.shape) for name, tensor in _tensors(model.backbone).items()}
+    if before.keys() != after.keys():
+        names = ", ".join(sorted(before.keys() ^ after.keys())[:5])
+        raise ValueError(f"the backbone and its recipe {_recipe_name(model.config)} differ in tensors: {names}")
+    shapes = {name: shape for name, shape in after.items() if shape != before[name]}
+    for name, shape in shapes.items():
+        if len(shape) != len(before[name]) or any(new > old for new, old in zip(shape, before[name], strict=True)):
+            raise ValueError(f"{name} has shape {shape}, larger than the dense backbone's {before[name]}")
+    sizes = _sizes(dense)
+    attrs = {
+        module: changed
+        for module, now in _sizes(model.backbone).items()
+        if (changed := {key: now[key] for key in sorted(now) if now[key] != sizes.get(module, now).get(key, now[key])})
+    }
+    return {"shapes": shapes, "attrs": attrs} if shapes or attrs else None
+
+
+def apply_pruning(model: PrunedForImageClassification, record: dict[str, Any]) -> None:
+    r"""
+    Give a dense model the sizes of a record, in place: every tensor keeps its leading entries.
+
+    Args:
+        model ([`PrunedForImageClassification`]):
+            A dense model of the recipe the record was made for.
+        record (`dict`):
+            What [`describe_pruning`] returned.
+
+    Raises:
+        ValueError: naming the key, for a record that has unknown tensors, modules or attributes, enlarges anything or
+            holds other than positive sizes. The model is then unchanged.
+    """
+    _apply_record(model.backbone, record)
+
+
+def _apply_record(network: nn.Module, record: Any) -> None:
+    if not isinstance(record, dict) or record.keys() != {"shapes", "attrs"}:
+        raise ValueError(f"pruning must be an object of 'shapes' and 'attrs', got {reprlib.repr(record)}")
+    for part, value in record.items():
+        if not isinstance(value, dict):
+            raise ValueError(f"pruning.{part} must be an object, got {reprlib.repr(value)}")
+    tensors, sizes = _tensors(network), _sizes(network)
+    for name, shape in record["shapes"].items():
+        key = f"pruning.shapes[{name!r}]"
+        if name not in tensors:
+            raise ValueError(f"{key}: the backbone has no such tensor")
+        _check_shrunk(key, shape, list(tensors[name].shape))
+    for module, values in record["attrs"].items():
+        key = f"pruning.attrs[{module!r}]"
+        if module not in sizes:
+            raise ValueError(f"{key}: the backbone has no such module with sizes")
+        if not isinstance(values, dict):
+            raise ValueError(f"{key} must be an object, got {reprlib.repr(values)}")
+        for attribute, value in values.items():
+            if attribute not in sizes[module]:
+                raise ValueError(f"{key}: {attribute!r} is not a size of that module")
+            _check_shrunk(f"{key}[{attribute!r}]", value, sizes[module][attribute])
+
+    modules = {_full_name(name): module for name, module in network.named_modules()}
+    for name, shape in record["shapes"].items():
+        parent, _, leaf = name.rpartition(".")
+        tensor = tensors[name].detach()[tuple(slice(size) for size in shape)].clone()
+        if isinstance(tensors[name], nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=tensors[name].requires_grad)
+        setattr(modules[parent], leaf, tensor)
+    for name, values in record["attrs"].items():
+        for attribute, value in values.items():
+            setattr(modules[name], attribute, tuple(value) if isinstance(value, list) else value)
+
+
+def _check_shrunk(key: str, value: Any, dense: Any) -> None:
+    """Refuse a size that is not a positive integer up to the dense one, or a scale outside [dense, 1]."""
+    if isinstance(dense, float):
+        # The softmax scale is a power of a head's width, which only shrinks.
+        if type(value) is not float or not min(dense, 1.0) <= value <= max(dense, 1.0):
+            raise ValueError(f"{key} must be a number in [{dense}, 1], got {reprlib.repr(value)}")
+        return
+    if isinstance(dense, list) != isinstance(value, list):
+        raise ValueError(
+            f"{key} must be {'a list' if isinstance(dense, list) else 'an integer'}, got {reprlib.repr(value)}"
+        )
+    new, old = (value, dense) if isinstance(value, list) else ([value], [dense])
+    if len(new) != len(old):
+        raise ValueError(f"{key} has {len(new)} dimensions, the dense backbone has {len(old)}: {dense}")
+    for size, most in zip(new, old, strict=True):
+        if not _is_size(size):
+            raise ValueError(f"{key} must hold positive integers, got {reprlib.repr(value)}")
+        if size > most:
+            raise ValueError(f"{key} is {reprlib.repr(value)}, larger than the dense backbone's {dense}")
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _full_name(name: str) -> str:
+    return f"backbone.{name}" if name else "backbone"
+
+
+def _tensors(network: nn.Module) -> dict[str, Tensor]:
+    named = [*network.named_parameters(), *network.named_buffers()]
+    return {_full_name(name): tensor for name, tensor in named}
+
+
+def _sizes(network: nn.Module) -> dict[str, dict[str, Any]]:
+    """Every attribute of SIZE_ATTRIBUTES that holds an integer, a float or a sequence of integers, as JSON values."""
+    found = {}
+    for name, module in network.named_modules():
+        values: dict[str, Any] = {}
+        for attribute in SIZE_ATTRIBUTES & vars(module).keys():
+            value = vars(module)[attribute]
+            if type(value) in (int, float):
+                values[attribute] = value
+            elif isinstance(value, tuple | list) and value and all(type(size) is int for size in value):
+                values[attribute] = list(value)
+        if values:
+            found[_full_name(name)] = values
+    return found
+
+
+def _checked_channels(name: str, values: Any, positive: bool = False) -> list[float]:
+    values = list(values) if isinstance(values, Iterable) and not isinstance(values, str) else [values]
+    if len(values) != 3 or not all(type(value) in (int, float) and math.isfinite(value) for value in values):
+        raise ValueError(f"{name} must be 3 finite numbers, one for each channel, got {reprlib.repr(values)}")
+    if positive and min(values) <= 0:
+        raise ValueError(f"{name} must be above 0, got {values}")
+    return [float(value) for value in values]
+
+
+def _checked_recipe(recipe: Any) -> dict[str, Any]:
+    source = recipe.get("source") if isinstance(recipe, dict) else None
+    if not isinstance(source, str) or source not in BACKBONES:
+        raise ValueError(
+            f"backbone must be an object with 'source' one of {sorted(BACKBONES)}, got {reprlib.repr(recipe)}"
+        )
+    fields = _RECIPE_FIELDS[source]
+    for field, kind in fields.items():
+        if not isinstance(recipe.get(field), kind):
+            raise ValueError(
+                f"backbone[{field!r}] must be of type {kind.__name__}, got {reprlib.repr(recipe.get(field))}"
+            )
+    if unknown := recipe.keys() - fields.keys() - {"source"}:
+        raise ValueError(f"backbone has unknown fields {sorted(map(str, unknown))}; known: {['source', *fields]}")
+    try:
+        return json.loads(json.dumps(recipe, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the backbone's arguments must be JSON values (a layer by its name, say): {error}") from error
+
+
+def _recipe_name(config: PrunedConfig) -> str:
+    recipe = config.backbone
+    return repr(recipe["name"] if recipe["source"] == "timm" else recipe["config"].get("model_type"))
+
+
+def _logits(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def _build_backbone(config: PrunedConfig, eager: bool = False) -> nn.Module:
+    network = BACKBONES[config.backbone["source"]](config, eager)
+    if config.small_images:
+        _fit_small_images(network)
+    return network
+
+
+def _check_forward(plan: nn.Module, config: PrunedConfig) -> None:
+    """Run a meta-device network on one image: sizes that do not fit show, and nothing is computed."""
+    size = config.image_size
+    plan.eval()
+    try:
+        with torch.no_grad():
+            shape = _logits(plan(torch.zeros(1, 3, size, size, device="meta", dtype=torch.get_default_dtype()))).shape
+    except Exception as error:  # any network may fail in its own way; all of them mean the same here
+        raise ValueError(
+            f"{_recipe_name(config)} cannot run at image_size {size}"
+            f"{'' if config.pruning is None else ' with this pruning record'}: {error}"
+        ) from error
+    if shape != (1, config.num_labels):
+        raise ValueError(
+            f"{_recipe_name(config)} gives logits of shape {tuple(shape)} for one image, but there are "
+            f"{config.num_labels} labels"
+        )
+
+
+def _can_checkpoint(network: Any) -> bool:
+    if isinstance(network, PreTrainedModel):
+        return network.supports_gradient_checkpointing
+    if not hasattr(network, "set_grad_checkpointing"):
+        return False
+    try:
+        network.set_grad_checkpointing(True)
+    except AssertionError:  # timm's way to say no
+        return False
+    network.set_grad_checkpointing(False)
+    return True
+
+
+def _weights_file(source: Any, key: str) -> str:
+    index = Path(str(source)) / "model.safetensors.index.json"
+    return json.loads(index.read_text())["weight_map"].get(key, index.name) if index.is_file() else "model.safetensors"
+
+
+def _damaged_file(source: Any) -> str:
+    for path in sorted(Path(str(source)).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError:
+            return path.name
+    return "model.safetensors"
+
+
+def _check_loaded(model: PrunedForImageClassification, info: dict[str, Any], source: Any) -> None:
+    for problem, keys in (("lacks", info["missing_keys"]), ("has the unknown tensor", info["unexpected_keys"])):
+        for key in sorted(keys):
+            raise ValueError(f"{source}: {_weights_file(source, key)} {problem} {key!r} ({len(keys)} such tensors)")
+    for key, saved, expected in sorted(info["mismatched_keys"]):
+        raise ValueError(
+            f"{source}: {_weights_file(source, key)} holds {key!r} with shape {tuple(saved)}, but config.json says "
+            f"{tuple(expected)}"
+        )
+    for key, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.is_meta and tensor.isnan().any():
+            raise ValueError(f"{source}: {_weights_file(source, key)} holds NaN in {key!r}")
+    for name in ("image_mean", "image_std"):
+        buffer = getattr(model, name)
+        if not buffer.is_meta and not torch.equal(buffer.cpu(), torch.tensor(getattr(model.config, name))):
+            raise ValueError(
+                f"{source}: {_weights_file(source, name)} holds {name} {buffer.tolist()}, config.json "
+                f"{getattr(model.config, name)}"
+            )
+
+
+def _timm() -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError("this backbone comes from timm: pip install timm") from error
+    return timm
+
+
+def _timm_name(backbone: str) -> str | None:
+    """The timm name in `backbone`, with its tag if it has one; None for what must be a transformers id or folder."""
+    timm = _timm()
+    name = backbone.removeprefix("timm/")
+    architecture, _, tag = name.partition(".")
+    if timm.is_model(architecture):
+        if tag and not timm.models.is_model_pretrained(name):
+            known = timm.list_pretrained(f"{architecture}.*")
+            raise ValueError(f"timm has no weights {name!r}; known: {', '.join(known) or 'none'}")
+        return name
+    if "/" in name or name == "" or Path(backbone).is_dir():
+        return None
+    close = difflib.get_close_matches(architecture, timm.list_models(), n=5)
+    raise ValueError(
+        f"timm has no model {architecture!r}; close names: {', '.join(close) or 'none (see timm.list_models())'}"
+    )
+
+
+def _create_timm(name: str, num_labels: int, kwargs: dict[str, Any], pretrained: bool = False) -> nn.Module:
+    timm = _timm()
+    if not timm.is_model(name.partition(".")[0]) or ("." in name and not pretrained):
+        raise ValueError(f"backbone['name'] must be a timm architecture, got {name!r}")
+    if refused := sorted(_REFUSED_TIMM_KWARGS & kwargs.keys()):
+        raise ValueError(f"backbone['kwargs'] may not hold {', '.join(refused)}")
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=num_labels, **kwargs)
+    except _BUILD_ERRORS as error:
+        raise ValueError(f"timm cannot build {name!r} with {kwargs}: {error}") from error
+
+
+def _timm_backbone(config: PrunedConfig, eager: bool) -> nn.Module:
+    name, kwargs = config.backbone["name"], config.backbone["kwargs"]
+    if config.small_images and name.startswith("vgg"):
+        # Small images drop VGG's 102 million head weights: do not draw them first.
+        kwargs = {**kwargs, "mlp_ratio": 1 / 4096}
+    network = _create_timm(name, config.num_labels or 0, kwargs)
+    modules: list[Any] = [module for module in network.modules() if hasattr(module, "fused_attn")]
+    for module in modules:
+        module.fused_attn = module.fused_attn and not eager
+    return network
+
+
+def _from_timm(
+    name: str, labels: int | None, size: int | None, kwargs: dict[str, Any], *, pretrained: bool
+) -> dict[str, Any]:
+    architecture, _, tag = name.partition(".")
+    pretrained = pretrained or bool(tag)
+    recipe = _checked_recipe({"source": "timm", "name": architecture, "kwargs": kwargs})
+    with torch.device("meta"):
+        probe = _create_timm(architecture, 1, kwargs)
+    # Some classes hand **kwargs to a parent that takes img_size.
+    inits = [vars(kind)["__init__"] for kind in type(probe).__mro__ if "__init__" in vars(kind)]
+    takes_size = any("img_size" in inspect.signature(init).parameters for init in inits)
+    start = _timm().get_pretrained_cfg(name)
+    if size is None:
+        size = kwargs.get("img_size") or start.input_size[-1]
+    elif takes_size:
+        kwargs = {**kwargs, "img_size": size}
+    recipe["kwargs"] = kwargs
+    found: dict[str, Any] = {"backbone": recipe, "image_size": size, "num_labels": labels or start.num_classes}
+    if pretrained:
+        found["network"] = _create_timm(name, found["num_labels"], kwargs, pretrained=True)
+        found |= {"image_mean": start.mean, "image_std": start.std}
+    return found
+
+
+def _transformers_backbone(config: PrunedConfig, eager: bool) -> nn.Module:
+    values = {key: value for key, value in config.backbone["config"].items() if key not in _DROPPED_CONFIG_KEYS}
+    model_type = values.pop("model_type", None)
+    if not isinstance(model_type, str) or model_type in _REFUSED_MODEL_TYPES:
+        raise ValueError(f"backbone['config'] must name a transformers model_type, got {model_type!r}")
+    try:
+        inner = AutoConfig.for_model(model_type, **values, num_labels=config.num_labels)
+        inner._attn_implementation = "eager" if eager else None
+        kinds: Any = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(inner)]
+        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+        return next((kind for kind in kinds if kind.__name__ in (inner.architectures or ())), kinds[0])(inner)
+    except _BUILD_ERRORS as error:
+        raise ValueError(f"transformers cannot build {model_type!r} for image classification: {error}") from error
+
+
+def _from_transformers_config(
+    config: PreTrainedConfig, labels: int | None, size: int | None, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    if config.model_type in _REFUSED_MODEL_TYPES:
+        raise ValueError(
+            f"backbone is of type {config.model_type!r}: load a saved model of this class with from_pretrained, and a "
+            "timm model by its name, 'timm/<architecture>.<tag>'"
+        )
+    values = {key: value for key, value in config.to_diff_dict().items() if key not in _DROPPED_CONFIG_KEYS}
+    if unknown := [key for key in kwargs if not hasattr(config, key)]:
+        raise ValueError(f"{type(config).__name__} has no {', '.join(unknown)}; it has {', '.join(sorted(values))}")
+    values |= kwargs
+    if size is not None and hasattr(config, "image_size"):
+        values["image_size"] = size
+    found = {
+        "backbone": {"source": "transformers", "config": values},
+        "image_size": size or values.get("image_size", 224),
+        "num_labels": labels or config.num_labels,
+    }
+    if found["num_labels"] == config.num_labels:
+        found |= {"id2label": config.id2label, "label2id": config.label2id}
+    return found
+
+
+def _from_transformers_model(
+    model: PreTrainedModel, labels: int | None, size: int | None, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    found = _from_transformers_config(model.config, labels, size, kwargs)
+    found["backbone"]["config"]["architectures"] = [type(model).__name__]
+    network: Any = _transformers_backbone(PrunedConfig(**found), eager=False)
+    if type(network) is not type(model):
+        raise ValueError(
+            f"backbone must be an image classification model, got {type(model).__name__}: pass {type(network).__name__}"
+        )
+    own, weights = network.state_dict(), model.state_dict()
+    if own.keys() != weights.keys():
+        names = ", ".join(sorted(own.keys() ^ weights.keys())[:5])
+        raise ValueError(f"the weights and these arguments differ in tensors: {names}")
+    for name, tensor in own.items():
+        new, old = tuple(tensor.shape), tuple(weights[name].shape)
+        if new == old:
+            own[name] = weights[name]
+        elif new[1:] != old[1:] or (new[0], old[0]) != (found["num_labels"], model.config.num_labels):
+            raise ValueError(f"the weights of {name} have shape {old}, this image_size and these arguments need {new}")
+    network.load_state_dict(own)
+    return {**found, "network": nn.Module.to(network, device=model.device, dtype=model.dtype)}
+
+
+def _from_transformers_id(name: str, labels: int | None, size: int | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    config = AutoConfig.from_pretrained(name)
+    _from_transformers_config(config, labels, size, kwargs)
+    model = AutoModelForImageClassification.from_pretrained(name, config=config, use_safetensors=True)
+    found = _from_transformers_model(model, labels, size, kwargs)
+    processor = AutoImageProcessor.from_pretrained(name)
+    if processor.do_normalize:
+        found |= {"image_mean": processor.image_mean, "image_std": processor.image_std}
+    if getattr(processor, "do_flip_channel_order", False):
+        # These weights were trained on BGR images; this class takes RGB.
+        first = next(module for module in found["network"].modules() if isinstance(module, nn.Conv2d))
+        first.weight.data = first.weight.data.flip(1)
+    return found
+
+
+def _small_conv(like: nn.Module, width: int) -> nn.Conv2d:
+    weight = next(like.parameters())
+    conv = nn.Conv2d(3, width, 3, padding=1, bias=False, device=weight.device, dtype=weight.dtype)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return conv
+
+
+def _small_timm_resnet(network: Any) -> None:
+    network.conv1 = _small_conv(network, network.bn1.num_features)
+    network.maxpool = nn.Identity()
+
+
+def _small_timm_vgg(network: Any) -> None:
+    network.pre_logits = nn.Identity()
+    old, width = network.head.fc, network.num_features
+    network.head.fc = nn.Linear(width, old.out_features, device=old.weight.device, dtype=old.weight.dtype)
+    nn.init.normal_(network.head.fc.weight, 0, 0.01)
+    nn.init.zeros_(network.head.fc.bias)
+    network.head_hidden_size = network.head.in_features = network.head.num_features = width
+
+
+def _small_transformers_resnet(network: Any) -> None:
+    embedder = network.resnet.embedder
+    embedder.embedder.convolution = _small_conv(network, embedder.embedder.normalization.num_features)
+    embedder.pooler = nn.Identity()
+
+
+def _fit_small_images(network: nn.Module) -> None:
+    name = f"{type(network).__module__}.{type(network).__qualname__}"
+    if name not in SMALL_IMAGE_FORMS:
+        raise ValueError(
+            f"small_images: no form for small images is known for {name}; known: {', '.join(SMALL_IMAGE_FORMS)}"
+        )
+    SMALL_IMAGE_FORMS[name](network)
+
+
+# By exact class: a namesake or a subclass may have another stem.
+SMALL_IMAGE_FORMS: dict[str, Callable[[Any], None]] = {
+    "timm.models.resnet.ResNet": _small_timm_resnet,
+    "timm.models.vgg.VGG": _small_timm_vgg,
+    "transformers.models.resnet.modeling_resnet.ResNetForImageClassification": _small_transformers_resnet,
+}
+BACKBONES: dict[str, Callable[[PrunedConfig, bool], nn.Module]] = {
+    "timm": _timm_backbone,
+    "transformers": _transformers_backbone,
+}
+
+PrunedConfig.register_for_auto_class()
+PrunedForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+if not __name__.startswith("transformers_modules."):
+    # A copy that came with a checkpoint must not take the place of the installed class.
+    AutoConfig.register(PrunedConfig.model_type, PrunedConfig, exist_ok=True)
+    AutoModelForImageClassification.register(PrunedConfig, PrunedForImageClassification, exist_ok=True)

@@ -1,0 +1,283 @@
+"""Without training: refit the layers that lost inputs in closed form, and measure BatchNorm statistics anew."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .attacks import AttackConfig, eval_mode, keyed_start, pgd_attack
+from .units import trace_units
+
+MAX_INPUTS = 8192
+# Elements of one block of image patches: 64 MB in float32.
+_BLOCK = 2**24
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+class Plan(Protocol):
+    """What the repair reads of a `PruningPlan`."""
+
+    @property
+    def example_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def kept(self) -> Mapping[str, Sequence[int]]: ...
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """
+    What [`repair`] did.
+
+    Attributes:
+        errors (`dict[str, tuple[float, float]]`):
+            For each repaired layer its mean squared output error on the calibration images before and after, relative to
+            its mean squared output, with inputs as the dense model computes them. The second is never the larger.
+        left (`dict[str, str]`):
+            Layers that lost inputs and were left as they are, with the reason.
+    """
+
+    errors: dict[str, tuple[float, float]]
+    left: dict[str, str]
+
+
+def repair(
+    pruned: nn.Module,
+    dense: nn.Module,
+    plan: Plan,
+    batches: Batches,
+    attack: AttackConfig | None,
+    *,
+    damping: float = 1e-3,
+    seed: int = 0,
+) -> RepairReport:
+    """
+    Refit every layer that lost inputs, so that what is left of them gives the dense model's outputs best.
+
+    For a layer with kept inputs K, kept outputs O and second moment C of its input patches in the dense model, the new
+    weight is the least-squares one `W' = W[O] (C[:, K] + lam E) (C[K, K] + lam I)^-1`. `E` takes W to its kept columns: the
+    ridge pulls towards the weights as they were, not towards zero, so that no layer's error can grow and one that lost
+    nothing does not change. A layer with a bias has a constant 1 among its inputs, and its bias is refitted as well.
+
+    Args:
+        pruned (`nn.Module`):
+            What [`prune`] made of a copy of `dense` by `plan`. Changed in place.
+        dense (`nn.Module`):
+            The model that was planned on. Not changed.
+        plan ([`PruningPlan`]):
+            The plan that was applied.
+        batches (`Iterable[tuple[Tensor, Tensor]]`):
+            Calibration images `[N, 3, H, W]` in [0, 1] and labels `[N]`.
+        attack ([`AttackConfig`], *optional*):
+            Makes the adversarial images of `dense` that the moments are taken on beside the clean ones; with None they are
+            taken on clean ones alone.
+        damping (`float`, *optional*, defaults to 1e-3):
+            `lam` as a fraction of the mean diagonal of `C[K, K]`, more than 0.
+        seed (`int`, *optional*, defaults to 0):
+            Of the attack's random starts.
+
+    Returns:
+        [`RepairReport`]. Depthwise layers, convolutions with other than zero padding of fixed size and layers of more than
+        8,192 inputs are left and named.
+
+    Raises:
+        ValueError: If damping is not positive, there are no images, or the models are not those of the plan.
+    """
+    if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < float("inf"):
+        raise ValueError(f"damping is {damping!r}; a positive number is needed.")
+    graph = trace_units(dense, torch.zeros(plan.example_shape))
+    removed = graph.removed_positions(plan.kept)
+    _check_models(pruned, dense, removed)
+    left, repairable = {}, []
+    for layer, side in removed:
+        if side == "out" or graph.layers[layer].kind == "norm":
+            continue
+        reason = _reason_to_leave(dense.get_submodule(layer))
+        if reason is None:
+            repairable.append(layer)
+        else:
+            left[layer] = reason
+    moments = _input_moments(dense, repairable, batches, attack, seed)
+    errors = {}
+    for layer in repairable:
+        old, new = dense.get_submodule(layer), pruned.get_submodule(layer)
+        outputs = _kept(graph.layers[layer].outs, removed.get((layer, "out"), []))
+        channels = _kept(graph.layers[layer].ins, removed[layer, "in"])
+        # Popped, so that each moment's memory is free once its layer is done.
+        errors[layer] = _refit(old, new, outputs, channels, moments.pop(layer), damping)
+    return RepairReport(errors, left)
+
+
+def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor | tuple[Tensor, Tensor]]) -> nn.Module:
+    """
+    Measure the running statistics of every BatchNorm anew, as plain means over batches.
+
+    Only BatchNorm modules run in train mode, so dropout and the like stay off; modes and momenta are given back. Which
+    images these are decides what the network normalises by: training images, clean, are the usual choice.
+
+    Args:
+        model (`nn.Module`):
+            Changed in place: running means and variances alone.
+        batches (`Iterable`):
+            Images `[N, 3, H, W]` in [0, 1], or pairs of images and labels; equal sizes make the mean exact.
+
+    Returns:
+        `nn.Module`: `model`.
+
+    Raises:
+        ValueError: If there is a BatchNorm with running statistics and `batches` is empty; nothing is changed then.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms:
+        return model
+    device = next(model.parameters()).device
+    momenta = [norm.momentum for norm in norms]
+    count = 0
+    with eval_mode(model), torch.no_grad():
+        try:
+            for batch in batches:
+                if count == 0:
+                    for norm in norms:
+                        norm.reset_running_stats()
+                        norm.momentum = None  # the running statistics become a cumulative mean
+                        norm.train()
+                model((batch if isinstance(batch, Tensor) else batch[0]).to(device))
+                count += 1
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+    if count == 0:
+        raise ValueError("batches are empty; BatchNorm statistics need at least one batch of training images.")
+    return model
+
+
+def _check_models(pruned: nn.Module, dense: nn.Module, removed: dict[tuple[str, str], list[int]]) -> None:
+    lost: dict[str, list[int]] = {}
+    for (layer, side), indices in removed.items():
+        lost.setdefault(layer, [0, 0])[1 if side == "in" else 0] = len(indices)
+    layers = dict(pruned.named_modules())
+    for layer, (outs, ins) in lost.items():
+        before = dense.get_submodule(layer).weight
+        after = getattr(layers.get(layer), "weight", None)
+        if not isinstance(before, Tensor):
+            continue
+        expected = [before.shape[0] - outs, *(size - ins * (axis == 0) for axis, size in enumerate(before.shape[1:]))]
+        if not isinstance(after, Tensor) or list(after.shape) != expected:
+            found = list(after.shape) if isinstance(after, Tensor) else "absent"
+            raise ValueError(
+                f"layer {layer!r} of the pruned model is {found}, and {expected} by the plan: hand over prune(copy of dense, "
+                "plan) and the dense model itself."
+            )
+
+
+def _reason_to_leave(layer: nn.Module) -> str | None:
+    if isinstance(layer, nn.Conv2d):
+        if layer.groups > 1:
+            return "depthwise: it mixes no channels"
+        if type(layer) is not nn.Conv2d or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+            return "padding that is not a fixed number of zeros"
+    inputs = layer.weight[0].numel()  # type: ignore[index, operator]
+    return f"{inputs:,} inputs are more than {MAX_INPUTS:,}" if inputs > MAX_INPUTS else None
+
+
+def _input_moments(
+    dense: nn.Module, layers: list[str], batches: Batches, attack: AttackConfig | None, seed: int
+) -> dict[str, Tensor]:
+    """Mean of x x^T, float64, over all input patches x of each layer; with a last input of 1 where it has a bias."""
+    sums: dict[str, Tensor] = {}
+    counts = dict.fromkeys(layers, 0)
+
+    def accumulate(name: str, module: nn.Module, inputs: Tensor) -> None:
+        for patches in _patches(module, inputs):
+            if module.bias is not None:
+                patches = torch.cat([patches, patches.new_ones(len(patches), 1)], dim=1)
+            product = (patches.T @ patches).double()
+            sums[name] = sums[name].add_(product) if name in sums else product
+            counts[name] += len(patches)
+
+    device = next(dense.parameters()).device
+    first = 0
+    with eval_mode(dense):
+        for images, labels in batches:
+            images, labels = images.to(device), labels.to(device)
+            views = [images]
+            if attack is not None:
+                indices = range(first, first + len(images))
+                start = keyed_start(images, indices, attack, seed) if attack.random_start else None
+                views.append(pgd_attack(dense, images, labels, attack, start=start))
+            first += len(images)
+            with torch.no_grad(), _hooked(dense, layers, accumulate):
+                for view in views:
+                    dense(view)
+    if first == 0:
+        raise ValueError("batches are empty; the repair needs calibration images.")
+    return {name: moment / counts[name] for name, moment in sums.items()}
+
+
+@contextmanager
+def _hooked(model: nn.Module, layers: list[str], see: Callable[[str, nn.Module, Tensor], None]) -> Iterator[None]:
+    """Show `see` the input of each named layer, during forward passes inside the context only (no attack's)."""
+
+    def hook(name: str) -> Callable[[nn.Module, tuple], None]:
+        return lambda module, inputs: see(name, module, inputs[0])
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _patches(module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
+    """Input patches as rows `[n, inputs]`, in the order of `weight.flatten(1)`, in blocks of bounded size."""
+    if isinstance(module, nn.Linear):
+        yield from inputs.flatten(0, -2).split(max(1, _BLOCK // inputs.shape[-1]))
+        return
+    assert isinstance(module, nn.Conv2d)
+    geometry = {"dilation": module.dilation, "padding": module.padding, "stride": module.stride}
+    size = module.weight[0].numel() * inputs.shape[-1] * inputs.shape[-2]
+    for images in inputs.split(max(1, _BLOCK // size)):
+        yield F.unfold(images, module.kernel_size, **geometry).transpose(1, 2).flatten(0, 1)  # type: ignore[arg-type]
+
+
+def _kept(count: int, removed: list[int]) -> list[int]:
+    gone = set(removed)
+    return [index for index in range(count) if index not in gone]
+
+
+@torch.no_grad()
+def _refit(
+    old: nn.Module, new: nn.Module, outputs: list[int], channels: list[int], moment: Tensor, damping: float
+) -> tuple[float, float]:
+    weight = old.weight.double()[outputs].flatten(1)  # type: ignore[operator, union-attr, index]
+    size = weight.shape[1] // old.weight.shape[1]  # type: ignore[operator, index]
+    columns = [channel * size + tap for channel in channels for tap in range(size)]
+    if old.bias is not None:
+        weight = torch.cat([weight, old.bias.double()[outputs, None]], dim=1)  # type: ignore[index, operator]
+        columns.append(weight.shape[1] - 1)
+    gram = moment[columns][:, columns]
+    ridge = damping * gram.diagonal().mean()
+    ridge = ridge if ridge > 0 else gram.new_ones(())
+    target = weight @ moment[:, columns] + ridge * weight[:, columns]
+    gram.diagonal().add_(ridge)
+    refitted = torch.linalg.solve(gram, target, left=False)
+
+    def error(kept: Tensor) -> float:
+        difference = weight.clone()
+        difference[:, columns] -= kept
+        scale = ((weight @ moment) * weight).sum()
+        return (((difference @ moment) * difference).sum() / scale).item() if scale > 0 else 0.0
+
+    before, after = error(weight[:, columns]), error(refitted)
+    if old.bias is not None:
+        new.bias.copy_(refitted[:, -1])  # type: ignore[operator, union-attr]
+        refitted = refitted[:, :-1]
+    new.weight.copy_(refitted.reshape(new.weight.shape))  # type: ignore[operator, arg-type, union-attr]
+    return before, after

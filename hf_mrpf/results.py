@@ -1,0 +1,156 @@
+"""The results table: accuracies with their intervals and costs, one row a model, for a terminal or a page."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from .report import RobustnessReport
+
+LOSS_TITLES = {"ce": "cross-entropy"}
+ATTACK_TITLES = {"fgsm": "FGSM", "pgd20": "PGD-20", "cw": "CW-PGD"}
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """
+    One line of the results table: a model's accuracies and costs.
+
+    Args:
+        name (`str`):
+            What stage the model is: `"dense"`, `"pruned"`, `"fine-tuned"`.
+        accuracies (`dict[str, float]`), intervals (`dict[str, tuple[float, float]]`):
+            Accuracy and its Wilson 95 % interval, for `"clean"` and each attack.
+        num_samples (`int`), norm (`str`), eps (`float`), seed (`int`), settings (`dict[str, dict]`):
+            How they were measured, as in [`RobustnessReport`].
+        parameters (`int`), macs (`int`), file_size (`int`), latency (`dict[str, float]`):
+            Parameters; multiply-accumulates of one image; bytes of the weights on disk; median milliseconds of a
+            forward pass by batch size (`{"1": 0.8, "64": 21.5}`). What is None or empty stays blank in the table.
+    """
+
+    name: str
+    accuracies: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    num_samples: int
+    norm: str
+    eps: float
+    seed: int
+    settings: dict[str, dict[str, Any]]
+    parameters: int | None = None
+    macs: int | None = None
+    file_size: int | None = None
+    latency: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Self:
+        """Make a row of its JSON content, as `dataclasses.asdict` gives it."""
+        return cls(
+            **{**content, "intervals": {name: (low, high) for name, (low, high) in content["intervals"].items()}}
+        )
+
+    @classmethod
+    def from_report(cls, name: str, report: RobustnessReport, **costs: Any) -> Self:
+        """Take the figures of a report; `costs` are `parameters`, `macs`, `file_size` and `latency`."""
+        return cls(
+            name=name,
+            accuracies={key: report.accuracy(key) for key in report},
+            intervals=report.intervals,
+            num_samples=report.num_samples,
+            norm=report.norm,
+            eps=report.eps,
+            seed=report.seed,
+            settings=report.settings,
+            **costs,
+        )
+
+
+def results_table(rows: Sequence[ResultRow | Mapping[str, Any]]) -> str:
+    """
+    The results as plain text for a terminal: the same cells as the card's table, and how they were measured.
+
+    Args:
+        rows (`Sequence[ResultRow]`):
+            At least one, or their JSON content. Costs show their share of the first row's in brackets.
+
+    Raises:
+        `ValueError`: no rows, or rows that were measured in different ways.
+    """
+    known = [row if isinstance(row, ResultRow) else ResultRow.from_dict(row) for row in rows]
+    cells = table_cells(known)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(pairs))
+        for pairs in (list(zip(line, widths, strict=True)) for line in cells)
+    ]
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([lines[0].rstrip(), rule, *(line.rstrip() for line in lines[1:]), measured(known[-1])])
+
+
+def measured(row: ResultRow) -> str:
+    """How the accuracies of a row were measured, in one sentence for each attack."""
+    text = [f"n = {row.num_samples} images, Wilson 95 % intervals, seed {row.seed}."]
+    for name, used in row.settings.items():
+        steps = f"{used['steps']} step{'s' if used['steps'] > 1 else ''} of {used['step_size']:.4g}"
+        loss = LOSS_TITLES.get(used["loss"], used["loss"])
+        start = "random start" if used["random_start"] else "no random start"
+        runs = f", {used['restarts']} restarts" if used["restarts"] > 1 else ""
+        text.append(f"{attack_title(name)}: {row.norm} eps = {row.eps:.4g}, {steps} on the {loss}, {start}{runs}.")
+    return " ".join(text)
+
+
+def table_cells(rows: Sequence[ResultRow]) -> list[list[str]]:
+    """The table's cells, heading first. Costs of later rows show their share of the first row's in brackets."""
+    if not rows:
+        raise ValueError("There are no rows to show.")
+    ways = [(row.num_samples, row.norm, row.eps, row.seed, row.settings) for row in rows]
+    if any(way != ways[0] for way in ways):
+        raise ValueError(
+            "The rows were measured in different ways (images, norm, eps, seed or steps): no common table."
+        )
+    first = rows[0]
+    batches = list(first.latency)
+    attacks = [name for name in first.accuracies if name != "clean"]
+    heading = ["model", "clean", *map(attack_title, attacks), "parameters", "MACs"]
+    heading += [f"ms, batch {batch}" for batch in batches] + ["file"]
+    table = [heading]
+    for row in rows:
+        accuracies = [accuracy_text(row, name) for name in ("clean", *attacks)]
+        costs = [_share(row.parameters, first.parameters, _amount), _share(row.macs, first.macs, _amount)]
+        costs += [f"{row.latency[batch]:.3g}" if batch in row.latency else "" for batch in batches]
+        costs += [_share(row.file_size, first.file_size, lambda size: f"{_amount(size)}B")]
+        table.append([row.name, *accuracies, *costs])
+    return table
+
+
+def markdown_table(cells: Sequence[Sequence[str]]) -> str:
+    """A pipe table; empty without any line below the heading."""
+    if len(cells) < 2:
+        return ""
+    heading, *lines = (f"| {' | '.join(line)} |" for line in cells)
+    rule = "| " + " | ".join(["---", *["---:"] * (len(cells[0]) - 1)]) + " |"
+    return "\n".join([heading, rule, *lines])
+
+
+def attack_title(name: str) -> str:
+    """How an attack is called in tables."""
+    return ATTACK_TITLES.get(name, name)
+
+
+def accuracy_text(row: ResultRow, name: str) -> str:
+    """`95.6 % [93.4, 97.1]`: accuracy and interval in percent."""
+    low, high = row.intervals[name]
+    return f"{100 * row.accuracies[name]:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _share(value: int | None, whole: int | None, show: Callable[[int], str]) -> str:
+    if value is None:
+        return ""
+    return f"{show(value)} ({100 * value / whole:.0f} %)" if whole and value != whole else show(value)
+
+
+def _amount(value: int) -> str:
+    """Three significant digits with a decimal prefix: 78042 is `78.0 k`."""
+    for prefix, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if value >= 0.9995 * size:
+            scaled = value / size
+            return f"{scaled:.{3 - len(str(int(scaled)))}f} {prefix}"
+    return f"{value} "

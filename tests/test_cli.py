@@ -1,0 +1,113 @@
+"""Command-line options: groups in the help, fractions, one message for an error, the model that is named."""
+
+import argparse
+import json
+
+import pytest
+
+from hf_mrpf import MRPFConfig
+from hf_mrpf.cli import (
+    DataArguments,
+    GroupedParser,
+    ModelArguments,
+    RunArguments,
+    build_model,
+    is_own_checkpoint,
+    load_data,
+    number,
+    report_errors,
+    run_settings,
+)
+
+GROUPS = ("data:", "model:", "pruning:", "attack:", "training:", "Hub:", "transformers:")
+NARROW = '{"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8], "stem_type": "deep", "stem_width": 4}'
+
+
+@pytest.fixture(scope="module")
+def parser():
+    return GroupedParser([DataArguments, ModelArguments, RunArguments, MRPFConfig])
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_data(DataArguments(max_train_samples=40, max_eval_samples=20), None, 0)
+
+
+def test_help_shows_every_option_once_in_its_group(parser):
+    text = parser.format_help()
+    places = [text.index(f"\n{group}") for group in GROUPS]
+    assert places == sorted(places)
+    sections = dict(zip(GROUPS, (text[a:b] for a, b in zip(places, [*places[1:], None], strict=True)), strict=True))
+    for group, options in {
+        "data:": ("--dataset_name", "--max_train_samples", "--max_eval_samples"),
+        "model:": ("--model_name_or_path", "--small_images", "--base_epochs"),
+        "pruning:": ("--target", "--allocation", "--gamma", "--no_repair"),
+        "attack:": ("--eps", "--objective", "--eval_num_steps"),
+        "training:": ("--output_dir", "--seed", "--use_cpu", "--optim", "--learning_rate", "--overwrite_output_dir"),
+        "Hub:": ("--push_to_hub", "--hub_model_id", "--hub_private_repo"),
+        "transformers:": ("--adam_beta1", "--fsdp"),
+    }.items():
+        for option in options:
+            assert f" {option}" in sections[group], (group, option)
+
+
+def test_eps_and_steps_read_fractions_and_adam_is_an_optimizer(parser, tmp_path):
+    *_, args = parser.parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--eps", "8/255", "--step_size", "2/255", "--optim", "adam", "--use_cpu"]
+    )
+    assert (args.eps, args.step_size, args.optim) == (8 / 255, 2 / 255, "adam")
+    assert number("0.031") == 0.031
+    with pytest.raises(argparse.ArgumentTypeError, match="'a/b' is no number; write 0.031 or 8/255"):
+        number("a/b")
+
+
+def test_run_settings_leave_out_what_changes_no_result(tmp_path):
+    def settings(**changes):
+        args = MRPFConfig(output_dir=str(tmp_path), use_cpu=True, **changes)
+        return run_settings(DataArguments(), ModelArguments(), args)
+
+    plain = settings()
+    json.dumps(plain)
+    assert settings(hub_model_id="me/model", disable_tqdm=True, logging_steps=7) == plain
+    assert settings(eps=0.1) != plain
+    assert "output_dir" not in plain
+
+
+def test_the_named_model_is_built_with_the_classes_and_statistics_of_the_data(data, tmp_path):
+    arguments = ModelArguments("timm/resnet18", small_images=True, backbone_kwargs=NARROW)
+    model = build_model(arguments, data)
+    assert (model.config.num_labels, model.config.image_size) == (10, 16)
+    assert model.config.image_mean == pytest.approx(data.image_mean)
+    model.save_pretrained(tmp_path / "model")
+    assert is_own_checkpoint(str(tmp_path / "model"))
+    assert not is_own_checkpoint("timm/resnet18")
+    assert not is_own_checkpoint("resnet18")
+    again = build_model(ModelArguments(str(tmp_path / "model")), data)
+    assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in model.parameters())
+
+
+def test_a_model_that_does_not_fit_is_refused(data, tmp_path):
+    with pytest.raises(ValueError, match="--backbone_kwargs 'oops' is not a JSON object"):
+        build_model(ModelArguments("timm/resnet18", backbone_kwargs="oops"), data)
+    with pytest.raises(ValueError, match="--backbone_kwargs .* is not a JSON object"):
+        build_model(ModelArguments("timm/resnet18", backbone_kwargs="[1]"), data)
+    with pytest.raises(ValueError, match=r"without config.json"):
+        is_own_checkpoint(str(tmp_path))
+    with pytest.raises(ValueError, match="resnet"):
+        build_model(ModelArguments("timm/resnet18x"), data)
+
+
+def test_what_a_user_can_put_right_is_one_message_and_the_rest_a_traceback(capsys):
+    def refuse():
+        raise ValueError("eps is 8")
+
+    with pytest.raises(SystemExit) as stop:
+        report_errors(refuse)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: eps is 8\n"
+
+    def fail():
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError):
+        report_errors(fail)

@@ -1,0 +1,378 @@
+"""Verdicts equal what a linear model's geometry says; reports survive JSON; comparisons equal naive ones."""
+
+import copy
+import json
+import math
+from dataclasses import replace
+from importlib import metadata
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
+from torch import nn
+
+from hf_mrpf import evaluation
+from hf_mrpf.attacks import AttackConfig
+from hf_mrpf.evaluation import (
+    ATTACKS,
+    NamedAttack,
+    RobustnessReport,
+    evaluate_robustness,
+    paired_difference,
+    wilson_interval,
+)
+
+ALL = ("clean", "fgsm", "pgd20", "cw")
+
+
+class Linear(nn.Module):
+    """Two classes by the sign of w . x + b, and a module that records the mode it runs in."""
+
+    def __init__(self, weight, bias=0.0):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(torch.tensor(bias))
+        self.norm = nn.BatchNorm2d(3, affine=False)
+        self.batches = []
+
+    def forward(self, images):
+        self.batches.append((self.training, len(images), images.dtype))
+        score = (images.flatten(1) * self.weight.flatten()).sum(1) + self.bias
+        return torch.stack([-score, score], 1)
+
+
+def _linear_problem(count=64, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(3, 4, 4, generator=generator)
+    # Pixels well inside [0, 1], so that the box never limits a perturbation of up to 0.2.
+    images = 0.3 + 0.4 * torch.rand(count, 3, 4, 4, generator=generator)
+    scores = images.flatten(1) @ weight.flatten()
+    middle = scores.sort().values[count // 2 - 1 : count // 2 + 1].mean()
+    model = Linear(weight, -float(middle))
+    margins = (scores + model.bias.detach()).abs()
+    labels = (scores + model.bias.detach() > 0).long()
+    labels[::7] = 1 - labels[::7]  # some that are misclassified as they are
+    correct = torch.ones(count, dtype=torch.bool)
+    correct[::7] = False
+    return model, images, labels, margins, correct
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.01), ("l2", 0.05)])
+@pytest.mark.parametrize("random_start", [True, False])
+def test_linear_model_has_its_closed_form_robust_accuracy(norm, eps, random_start):
+    model, images, labels, margins, correct = _linear_problem()
+    dual = model.weight.detach().abs().sum() if norm == "linf" else model.weight.detach().norm()
+    expected = correct & (margins > eps * dual)
+    assert 0.2 < expected.float().mean() < 0.8 and (margins - eps * dual).abs().min() > 1e-4
+    attack = AttackConfig(norm=norm, eps=eps, random_start=random_start)
+    report = evaluate_robustness(model, (images, labels), ALL, attack)
+    assert report.verdicts["clean"] == correct.tolist()
+    for name in ("fgsm", "pgd20", "cw"):
+        assert report.verdicts[name] == expected.tolist(), name
+        assert report.attacks[name] == pytest.approx(expected.float().mean().item())
+        assert report.intervals[name] == wilson_interval(int(expected.sum()), 64)
+    assert report.clean_accuracy == pytest.approx(54 / 64)
+    assert report.zero_gradient_share == 0.0
+    assert (report.num_samples, report.norm, report.eps, report.seed) == (64, norm, eps, 0)
+
+
+def test_settings_are_the_names_and_the_configs():
+    model, images, labels, *_ = _linear_problem(8)
+    attack = AttackConfig(eps=0.1, num_steps=3)
+    settings = evaluate_robustness(model, (images, labels), ALL, attack).settings
+    assert settings["fgsm"] == {"loss": "ce", "steps": 1, "step_size": 0.1, "restarts": 1, "random_start": False}
+    assert settings["pgd20"] == {
+        "loss": "ce",
+        "steps": 20,
+        "step_size": pytest.approx(2.5 * 0.1 / 20),
+        "restarts": 1,
+        "random_start": True,
+    }
+    assert settings["cw"]["loss"] == "margin"
+    given = evaluate_robustness(model, (images, labels), "pgd20", replace(attack, step_size=0.07)).settings
+    assert given["pgd20"]["step_size"] == 0.07 and "fgsm" not in given
+    still = evaluate_robustness(model, (images, labels), ALL, replace(attack, eps=0.0))
+    assert set(still.attacks.values()) == {still.clean_accuracy}
+
+
+def test_attacked_are_only_the_correct_ones_in_eval_mode():
+    model, images, labels, _, correct = _linear_problem()
+    model.train()
+    model.norm.eval()
+    evaluate_robustness(model, (images, labels), ("pgd20",), AttackConfig(eps=1e-6), batch_size=64)
+    assert model.batches[0] == (False, 64, torch.float32)
+    assert set(model.batches[1:]) == {(False, int(correct.sum()), torch.float32)}
+    assert model.training and not model.norm.training
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_clean_alone_is_one_forward_without_gradient():
+    model, images, labels, *_ = _linear_problem()
+    report = evaluate_robustness(model, (images, labels), ("clean",), batch_size=64)
+    assert len(model.batches) == 1 and report.attacks == {} and report.zero_gradient_share is None
+    assert list(report) == ["clean"]
+
+
+def _small_net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8 * 9, 5))
+
+
+def _random_problem(count=60):
+    generator = torch.Generator().manual_seed(5)
+    images = torch.rand(count, 3, 8, 8, generator=generator)
+    model = _small_net()
+    return model, images, model(images).argmax(1)
+
+
+def test_batch_size_and_subset_change_no_verdict():
+    model, images, labels = _random_problem()
+    attack = AttackConfig(eps=0.02)
+    whole = evaluate_robustness(model, (images, labels), ALL, attack, seed=3, batch_size=60)
+    assert 0.1 < whole.attacks["pgd20"] < 0.9
+    torch.manual_seed(99)  # the global random state is not read either
+    pieces = evaluate_robustness(model, (images, labels), ALL, attack, seed=3, batch_size=7)
+    assert pieces.verdicts == whole.verdicts and pieces.images == whole.images
+    chunks = [(images[:13], labels[:13]), {"pixel_values": images[13:], "labels": labels[13:]}]
+    assert evaluate_robustness(model, iter(chunks), ALL, attack, seed=3).verdicts == whole.verdicts
+
+    first = evaluate_robustness(model, iter(chunks), ALL, attack, num_samples=20, seed=3)
+    assert first.verdicts["cw"] == whole.verdicts["cw"][:20] and first.num_samples == 20
+
+
+def test_random_start_is_keyed_by_seed_and_index(monkeypatch):
+    model, images, labels = _random_problem(12)
+    starts = {}
+
+    def record(images, indices, attack, seed):
+        starts.update({(seed, index): image for index, image in zip(indices, images, strict=True)})
+        return images
+
+    monkeypatch.setattr(evaluation, "keyed_start", record)
+    evaluate_robustness(model, (images, labels), ("pgd20",), AttackConfig(eps=0.01), num_samples=5, seed=4)
+    assert len(starts) == 5
+    assert all(seed == 4 and torch.equal(image, images[index]) for (seed, index), image in starts.items())
+
+
+def test_subset_is_stratified_and_seeded():
+    model = _small_net()
+    images, labels = torch.rand(60, 3, 8, 8), torch.arange(60) % 3
+    seen = {}
+    for seed in (0, 0, 1):
+        report = evaluate_robustness(model, (images, labels), ("clean",), num_samples=12, seed=seed)
+        assert report.num_samples == 12
+        seen.setdefault(seed, []).append(report.images)
+    assert seen[0][0] == seen[0][1] != seen[1][0]
+    counted = []
+    order = evaluation._order(labels.tolist(), 12, 0)
+    counted = torch.bincount(labels[order]).tolist()
+    assert counted == [4, 4, 4]
+    assert evaluate_robustness(model, (images, labels), ("clean",), num_samples=1000).num_samples == 60
+
+
+def test_restarts_must_all_be_withstood(monkeypatch):
+    model, images, labels = _random_problem(50)
+    starts = []
+
+    def start_at_noise(images, indices, attack, seed):
+        starts.append((seed, list(indices)))
+        noise = torch.randn(50, 3, 8, 8, generator=torch.Generator().manual_seed(seed))[list(indices)].sign()
+        return (images + attack.eps * noise).clamp(0, 1)
+
+    monkeypatch.setattr(evaluation, "keyed_start", start_at_noise)
+    attack = AttackConfig(eps=0.3, step_size=1e-6)  # the start decides
+    single = {}
+    for seed in (0, 1, 2):
+        single[seed] = evaluate_robustness(model, (images, labels), ("pgd20",), attack, seed=seed).verdicts["pgd20"]
+    together = [all(bits) for bits in zip(*single.values(), strict=True)]
+    assert sum(together) < min(map(sum, single.values()))
+    monkeypatch.setitem(ATTACKS, "pgd20x3", NamedAttack("ce", 20, restarts=3))
+    starts.clear()
+    report = evaluate_robustness(model, (images, labels), ("pgd20x3",), attack)
+    assert report.verdicts["pgd20x3"] == together
+    assert [seed for seed, _ in starts] == [0, 1, 2]
+    assert len(starts[0][1]) > len(starts[1][1]) > len(starts[2][1])  # survivors alone go on
+    assert report.settings["pgd20x3"]["restarts"] == 3
+
+
+def test_dataset_of_images_equals_its_tensors():
+    generator = torch.Generator().manual_seed(2)
+    pixels = torch.randint(0, 256, (20, 8, 8, 3), dtype=torch.uint8, generator=generator)
+    labels = [index % 2 for index in range(20)]
+    pictures = [PILImage.fromarray(image.numpy()) for image in pixels]
+    features = Features({"img": Image(), "label": ClassLabel(names=["a", "b"])})
+    dataset = Dataset.from_dict({"img": pictures, "label": labels}, features=features)
+    tensors = (pixels.permute(0, 3, 1, 2).float() / 255, torch.tensor(labels))
+    model = _small_net()
+    arguments = {"attacks": ALL, "attack": AttackConfig(eps=0.02), "num_samples": 11, "batch_size": 4}
+    from_dataset = evaluate_robustness(model, dataset, **arguments)
+    from_tensors = evaluate_robustness(model, tensors, **arguments)
+    assert from_dataset.verdicts == from_tensors.verdicts and from_dataset.images == from_tensors.images
+
+
+def test_other_dtypes_are_evaluated_in_float32():
+    model, images, labels, *_ = _linear_problem()
+    single = evaluate_robustness(model, (images, labels), ALL, AttackConfig(eps=0.03))
+    half = copy.deepcopy(model).bfloat16()
+    half.batches.clear()
+    report = evaluate_robustness(half, (images, labels), ALL, AttackConfig(eps=0.03))
+    twin = evaluate_robustness(copy.deepcopy(half).float(), (images, labels), ALL, AttackConfig(eps=0.03))
+    assert report.verdicts == twin.verdicts and (report.dtype, twin.dtype) == ("bfloat16", "float32")
+    assert half.weight.dtype == torch.bfloat16 and not half.batches, "a copy runs, not the model itself"
+    double = evaluate_robustness(copy.deepcopy(model).double(), (images.double(), labels), ALL, AttackConfig(eps=0.03))
+    assert double.verdicts == single.verdicts and double.dtype == "float64"
+
+
+def test_share_of_zero_gradients():
+    class Masked(nn.Module):
+        def forward(self, images):
+            bright = images[:, 0, 0, 0] > 0.5
+            squares = images.square().sum((1, 2, 3))
+            score = torch.where(bright, squares, squares.detach())
+            return torch.stack([score, 0.9 * score], 1)
+
+    images = torch.rand(10, 3, 4, 4)
+    images[:, 0, 0, 0] = torch.tensor([0.9] * 6 + [0.1] * 4)
+    report = evaluate_robustness(Masked(), (images, torch.zeros(10, dtype=torch.int64)), ("fgsm",), batch_size=3)
+    assert report.zero_gradient_share == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), "uint8"),
+        (torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64), r"\[0, 1\]"),
+        (torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64), r"shape \[4, 1, 8, 8\]"),
+        (torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 5, 7]), "label of image 2 is 5, but the model has 5 classes"),
+        (torch.rand(4, 3, 8, 8), torch.tensor([0, -1, 1, 1]), "label of image 1 is -1"),
+        (torch.rand(4, 3, 8, 8), torch.zeros(4), r"labels are torch.float32 of shape \[4\]; int64 class indices \[4\]"),
+        (torch.rand(4, 3, 8, 8), torch.zeros(3, dtype=torch.int64), "There are 4 images and 3 labels"),
+        (torch.rand(0, 3, 8, 8), torch.zeros(0, dtype=torch.int64), "no images to evaluate"),
+    ],
+)
+def test_bad_images_and_labels_are_refused(images, labels, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_robustness(_small_net(), (images, labels))
+
+
+def test_other_bad_input_is_refused():
+    model, images, labels = _random_problem(8)
+    with pytest.raises(ValueError, match=r"Unknown attacks 'pgd7', 'x'; known: clean, fgsm, pgd20, cw"):
+        evaluate_robustness(model, (images, labels), ("clean", "pgd7", "x"))
+    with pytest.raises(ValueError, match="several splits \\(train, test\\)"):
+        evaluate_robustness(model, {"train": 1, "test": 2})
+    with pytest.raises(ValueError, match="no images"):
+        evaluate_robustness(model, iter(()))
+    for wrong in (0, True, 2.5):
+        with pytest.raises(ValueError, match=f"num_samples is {wrong}"):
+            evaluate_robustness(model, (images, labels), num_samples=wrong)
+
+
+def test_logits_that_are_not_finite_name_the_image():
+    class Broken(nn.Module):
+        def forward(self, images):
+            logits = images.mean((2, 3))
+            return torch.where(images[:, :1, 0, 0] == 0.25, math.nan, logits)
+
+    images = torch.rand(9, 3, 4, 4)
+    images[6, 0, 0, 0] = 0.25
+    with pytest.raises(ValueError, match="logits of image 6 are not finite"):
+        evaluate_robustness(Broken(), (images, torch.zeros(9, dtype=torch.int64)), batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def report():
+    model, images, labels = _random_problem()
+    return evaluate_robustness(model, (images, labels), ALL, AttackConfig(eps=0.02), data_name="noise", seed=2)
+
+
+def test_report_survives_json(report, tmp_path):
+    report.save(tmp_path / "report.json")
+    assert RobustnessReport.load(tmp_path / "report.json") == report
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert content["attacks"] == report.attacks and content["clean_accuracy"] == report.clean_accuracy == 1.0
+    assert (content["num_samples"], content["seed"], content["norm"], content["eps"]) == (60, 2, "linf", 0.02)
+    assert content["data_name"] == "noise" and content["versions"]["torch"] == metadata.version("torch")
+    assert content["device"] == "cpu" and content["dtype"] == "float32"
+    assert content["verdicts"]["pgd20"].count("1") / 60 == report.attacks["pgd20"]
+
+
+def test_report_in_one_line(report):
+    line = str(report)
+    assert line.startswith("clean 100.0 % [94.0, 100.0], fgsm ")
+    assert line.endswith("(n=60, linf eps=0.02, seed 2)") and "\n" not in line
+    assert "verdicts" not in repr(report)
+
+
+def test_broken_reports_are_refused(report, tmp_path):
+    content = report.to_dict()
+    with pytest.raises(ValueError, match=r"missing keys \['eps'\], unknown keys \['epsilon'\]"):
+        RobustnessReport.from_dict({("epsilon" if key == "eps" else key): value for key, value in content.items()})
+    with pytest.raises(ValueError, match=r"Robust accuracy 0\.9 under pgd20 and clean accuracy 0\.8 contradict"):
+        RobustnessReport.from_dict(content | {"clean_accuracy": 0.8, "attacks": {"pgd20": 0.9}})
+    for text in ("{", "[]"):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(ValueError, match=r"bad\.json"):
+            RobustnessReport.load(tmp_path / "bad.json")
+
+
+@pytest.mark.parametrize(
+    ("successes", "total", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_interval_equals_published_values(successes, total, low, high):
+    # Newcombe, Statistics in Medicine 17 (1998), table I, method 3.
+    assert wilson_interval(successes, total) == pytest.approx((low, high), abs=5e-5)
+    mirrored = wilson_interval(total - successes, total)
+    assert mirrored == pytest.approx((1 - high, 1 - low), abs=5e-5)
+
+
+def test_wilson_refuses_what_is_no_proportion():
+    for successes, total in ((1, 0), (3, 2), (-1, 2)):
+        with pytest.raises(ValueError, match="no proportion"):
+            wilson_interval(successes, total)
+
+
+def _with_verdicts(report, bits):
+    return replace(
+        report,
+        clean_accuracy=1.0,
+        num_samples=len(bits),
+        attacks={"pgd20": sum(bits) / len(bits)},
+        verdicts={"clean": [True] * len(bits), "pgd20": bits},
+    )
+
+
+def test_paired_difference_equals_a_naive_one(report):
+    generator = torch.Generator().manual_seed(0)
+    a, b = ((torch.rand(500, generator=generator) < share).tolist() for share in (0.6, 0.5))
+    found = paired_difference(_with_verdicts(report, a), _with_verdicts(report, b), "pgd20")
+    differences = torch.tensor(a, dtype=torch.float64) - torch.tensor(b, dtype=torch.float64)
+    assert found.difference == pytest.approx(differences.mean().item())
+    assert found.standard_error == pytest.approx(differences.std(unbiased=True).item() / math.sqrt(500))
+    # At this size the interval of Bonett and Price is the naive one to a fraction of a point.
+    naive = [found.difference - 1.96 * found.standard_error, found.difference + 1.96 * found.standard_error]
+    assert found.interval == pytest.approx(naive, abs=2e-3)
+
+
+def test_equal_verdicts_still_leave_an_interval(report):
+    bits = [True, False] * 50
+    found = paired_difference(_with_verdicts(report, bits), _with_verdicts(report, bits), "pgd20")
+    assert (found.difference, found.standard_error) == (0.0, 0.0)
+    expected = 1.959964 * math.sqrt(2 / 102 / 102)
+    assert found.interval == pytest.approx((-expected, expected))
+
+
+def test_paired_difference_refuses_different_images_and_attacks(report):
+    model, images, labels = _random_problem()
+    attack = AttackConfig(eps=0.02)
+    other = evaluate_robustness(model, (images.flip(0), labels.flip(0)), ALL, attack, seed=2)
+    with pytest.raises(ValueError, match="different images"):
+        paired_difference(report, other)
+    stronger = evaluate_robustness(model, (images, labels), ALL, AttackConfig(eps=0.05), seed=2)
+    assert paired_difference(report, stronger).difference == 0
+    with pytest.raises(ValueError, match=r"pgd20 differs: .*0.02.* in the first report, .*0.05"):
+        paired_difference(report, stronger, "pgd20")
+    with pytest.raises(ValueError, match=r"no verdicts under 'pgd7'; it has clean, fgsm, pgd20, cw"):
+        paired_difference(report, report, "pgd7")

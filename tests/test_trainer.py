@@ -1,0 +1,296 @@
+"""The trainer: steps equal to plain loops, pruning between trainings, metrics, hooks, saving."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_mrpf import (
+    AttackConfig,
+    MRPFConfig,
+    MRPFTrainer,
+    ObjectiveOutput,
+    PrunedForImageClassification,
+    load_image_data,
+    pgd_attack,
+    plan_pruning,
+)
+from hf_mrpf.attacks import keyed_start
+from hf_mrpf.data import batches
+
+NARROW = {"layers": (1, 1, 1, 1), "channels": (16, 24, 32, 32), "stem_type": "deep", "stem_width": 8}
+QUICK = {
+    "eps": 0.1,
+    "num_steps": 2,
+    "eval_num_steps": 2,
+    "per_device_train_batch_size": 32,
+    "calibration_sets": 2,
+    "calibration_set_size": 20,
+    "sensitivity_steps": 1,
+    "recalibration_samples": 64,
+    "crop_padding": 0,
+    "horizontal_flip": False,
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "save_strategy": "no",
+}
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_image_data(max_train_samples=96, max_eval_samples=40)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(1)
+    return PrunedForImageClassification.from_backbone(
+        "timm/resnet18", num_labels=10, image_size=16, small_images=True, **NARROW
+    )
+
+
+def quick(folder, **changes) -> MRPFConfig:
+    return MRPFConfig(output_dir=str(folder), **(QUICK | changes))
+
+
+def plain_net() -> nn.Module:
+    """No BatchNorm: its statistics depend on how a batch is cut."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 10))
+
+
+@pytest.mark.parametrize("objective", ["standard", "pgd"])
+def test_accumulating_four_batches_of_eight_equals_one_of_thirty_two(tmp_path, data, objective):
+    weights = []
+    for batch, accumulation in ((8, 4), (32, 1)):
+        args = quick(
+            tmp_path,
+            objective=objective,
+            random_start=False,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_steps=2,
+        )
+        trainer = MRPFTrainer(plain_net(), args, data.train)
+        trainer.train()
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    assert not torch.equal(weights[0], torch.cat([p.detach().flatten() for p in plain_net().parameters()]))
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adam"])
+def test_after_prune_every_parameter_is_in_the_optimizer_and_moves(tmp_path, data, model, optim):
+    trainer = MRPFTrainer(model, quick(tmp_path, optim=optim, max_steps=2, warmup_steps=0), data.train, data.validation)
+    trainer.train()  # an optimizer of the dense model exists when the pruning happens
+    plan = trainer.prune()
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    assert sum(p.numel() for p in before.values()) == plan.after["params"] < plan.before["params"]
+    trainer.train()
+    optimised = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    live = dict(trainer.model.named_parameters())
+    assert optimised == {id(p) for p in live.values()}
+    assert [name for name, p in live.items() if torch.equal(p, before[name])] == []
+    wanted = torch.optim.Adam if optim == "adam" else torch.optim.SGD
+    assert type(trainer.optimizer.optimizer) is wanted
+    assert trainer.optimizer.param_groups[0].get("nesterov", False) == (optim == "sgd")
+    assert plan.achieved["macs"] == pytest.approx(0.5, abs=0.02)
+    assert list(trainer.pruning_report) == ["before", "removed", "repaired", "recalibrated"]
+    assert all(0 <= step["robust_accuracy"] <= step["accuracy"] <= 1 for step in trainer.pruning_report.values())
+
+
+class Recorder(TrainerCallback):
+    """Subscribes to all three pruning events and swaps the plan for a milder one."""
+
+    def __init__(self, replacement):
+        self.events, self.replacement = [], replacement
+
+    def on_sensitivity_end(self, args, state, control, *, sensitivity, model, **kwargs):
+        self.events.append(("sensitivity", sensitivity, sum(p.numel() for p in model.parameters())))
+
+    def on_plan_end(self, args, state, control, *, plan, **kwargs):
+        self.events.append(("plan", plan, None))
+        return self.replacement
+
+    def on_prune_end(self, args, state, control, *, plan, model, **kwargs):
+        self.events.append(("prune", plan, sum(p.numel() for p in model.parameters())))
+
+
+def test_hooks_fire_in_order_and_may_replace_the_plan(tmp_path, data, model):
+    milder = plan_pruning(model, torch.zeros(1, 3, 16, 16), target=0.8, allocation="uniform")
+    recorder = Recorder(milder)
+    bystander = TrainerCallback()  # defines none of the events
+    trainer = MRPFTrainer(model, quick(tmp_path), data.train, callbacks=[recorder, bystander])
+    applied = trainer.prune()
+    assert [event for event, *_ in recorder.events] == ["sensitivity", "plan", "prune"]
+    assert recorder.events[0][1].settings["method"] == "ascent"
+    assert recorder.events[0][2] == milder.before["params"]
+    assert recorder.events[1][1].target == 0.5
+    assert applied.kept == milder.kept
+    assert applied.target == 0.8
+    assert recorder.events[2][2] == milder.after["params"]
+    assert trainer.pruning_report == {}  # no validation split, so nothing was measured
+
+
+def test_a_hook_cannot_smuggle_in_a_plan_of_another_model(tmp_path, data, model):
+    other = PrunedForImageClassification.from_backbone(
+        "timm/resnet18", num_labels=10, image_size=16, small_images=True, **(NARROW | {"channels": (8, 8, 8, 8)})
+    )
+    wrong = plan_pruning(other, torch.zeros(1, 3, 16, 16), target=0.8, allocation="uniform")
+    before = copy.deepcopy(model.state_dict())
+    trainer = MRPFTrainer(model, quick(tmp_path), data.train, callbacks=[Recorder(wrong)])
+    with pytest.raises(ValueError, match="width"):
+        trainer.prune()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
+
+
+def test_a_given_plan_is_applied_as_it_is(tmp_path, data, model):
+    plan = plan_pruning(model, torch.zeros(1, 3, 16, 16), target=0.6, allocation="uniform", importance="random")
+    trainer = MRPFTrainer(model, quick(tmp_path, repair=False, recalibration_samples=0), data.train, data.validation)
+    assert trainer.prune(plan).kept == plan.kept
+    assert list(trainer.pruning_report) == ["before", "removed"]
+
+
+def test_prune_refuses_what_it_would_break(tmp_path, data, model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="was given an optimizer"):
+        MRPFTrainer(model, quick(tmp_path), data.train, optimizers=(optimizer, None)).prune()
+    with pytest.raises(ValueError, match="train_dataset, which is missing"):
+        MRPFTrainer(model, quick(tmp_path)).prune()
+    with pytest.raises(ValueError, match="needs an MRPFConfig"):
+        MRPFTrainer(model, {"output_dir": str(tmp_path)}, data.train)
+
+
+def test_evaluate_equals_a_plain_loop_at_any_batch_size(tmp_path, data, model):
+    attack = AttackConfig(eps=0.1, num_steps=2)
+    correct, robust = [], []
+    for images, labels in batches(data.validation, 40):
+        start = keyed_start(images, range(len(images)), attack, 42)
+        adversarial = pgd_attack(model, images, labels, attack, start=start)
+        model.eval()
+        with torch.no_grad():
+            correct.append(model(images).logits.argmax(1) == labels)
+            robust.append(correct[-1] & (model(adversarial).logits.argmax(1) == labels))
+    expected = torch.cat(correct).float().mean().item(), torch.cat(robust).float().mean().item()
+    for batch_size in (40, 7):
+        trainer = MRPFTrainer(
+            model, quick(tmp_path, per_device_eval_batch_size=batch_size), eval_dataset=data.validation
+        )
+        metrics = trainer.evaluate()
+        assert (metrics["eval_accuracy"], metrics["eval_robust_accuracy"]) == pytest.approx(expected, abs=1e-6)
+    named = MRPFTrainer(
+        model,
+        quick(tmp_path),
+        eval_dataset={"a": data.validation, "b": data.test},
+        compute_metrics=lambda prediction: {"classes": prediction.predictions.shape[1]},
+    ).evaluate()
+    assert named["eval_a_robust_accuracy"] == pytest.approx(expected[1], abs=1e-6)
+    assert named["eval_b_classes"] == 10
+
+
+def test_the_best_epoch_is_loaded_and_best_and_last_are_reported(tmp_path, data, model):
+    scripted = iter([0.2, 0.9, 0.4])
+    weights = []
+
+    class Scripted(MRPFTrainer):
+        def _metrics(self, prediction):
+            weights.append(self.model.backbone.fc.weight.detach().clone())
+            return {"accuracy": 1.0, "robust_accuracy": next(scripted)}
+
+    each_epoch = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+    trainer = Scripted(
+        model, quick(tmp_path, num_train_epochs=3, objective="pgd", **each_epoch), data.train, data.validation
+    )
+    trainer.train()
+    figures = trainer.best_and_last()
+    assert (figures["best"]["epoch"], figures["best"]["eval_robust_accuracy"]) == (2, 0.9)
+    assert (figures["last"]["epoch"], figures["last"]["eval_robust_accuracy"]) == (3, 0.4)
+    assert torch.equal(trainer.model.backbone.fc.weight, weights[1])
+    assert not torch.equal(weights[1], weights[2])
+    assert not list(tmp_path.rglob("training_args.bin"))
+    checkpoint = get_last_checkpoint(str(tmp_path))
+    again = PrunedForImageClassification.from_pretrained(checkpoint)
+    assert torch.equal(again.backbone.fc.weight, weights[2])
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_checkpoint(tmp_path, data):
+    calls = []
+
+    def broken(model, images, labels, attack, *, beta=6.0, attacked=None, adversarial_images=None, teacher=None):
+        calls.append(attacked)
+        loss = nn.functional.cross_entropy(model(images), labels)
+        return ObjectiveOutput(loss * (float("nan") if len(calls) == 3 else 1.0), None)
+
+    args = quick(tmp_path, objective=broken, save_strategy="steps", save_steps=1, max_steps=6)
+    assert args.to_dict()["objective"].endswith("broken")
+    trainer = MRPFTrainer(plain_net(), args, data.train)
+    with pytest.raises(ValueError, match=r"loss is nan at step 3; .*checkpoint-2"):
+        trainer.train()
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+    assert calls[0] is trainer.model
+    assert (tmp_path / "checkpoint-2" / "model.safetensors").is_file()
+
+
+def test_bad_models_and_data_are_refused_before_anything_is_written(tmp_path, data, model):
+    folder = tmp_path / "never"
+    with torch.no_grad():
+        model.backbone.layer1[0].conv1.weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"backbone.layer1.0.conv1.weight"):
+        MRPFTrainer(model, quick(folder), data.train)
+    small = PrunedForImageClassification.from_backbone(
+        "timm/resnet18", num_labels=3, image_size=16, small_images=True, **NARROW
+    )
+    with pytest.raises(ValueError, match="data set has 10 classes and the model 3"):
+        MRPFTrainer(small, quick(folder), data.train)
+    assert not folder.exists()
+
+
+def test_an_evaluation_before_training_does_not_mark_the_model_as_prepared(tmp_path, data, model):
+    trainer = MRPFTrainer(model, quick(tmp_path, max_steps=1), data.train, data.validation)
+    trainer.evaluate()
+    assert getattr(trainer.model, "_is_accelerate_prepared", False)
+    seen = []
+    original = trainer.accelerator.prepare
+
+    def prepare(*objects, **kwargs):
+        seen.extend(getattr(o, "_is_accelerate_prepared", False) for o in objects if isinstance(o, nn.Module))
+        return original(*objects, **kwargs)
+
+    trainer.accelerator.prepare = prepare
+    trainer.train()
+    assert seen == [False]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": "tradez"}, r"objective='tradez' is not known; choose one of .*trades"),
+        ({"allocation": "best"}, r"allocation='best' is not known.*uniform"),
+        ({"importance": "l3"}, r"importance='l3' is not known.*magnitude"),
+        ({"combine": "median"}, r"combine='median' is not known.*joint"),
+        ({"sensitivity_method": "guess"}, r"sensitivity_method='guess' is not known.*ascent"),
+        ({"target_metric": "bytes"}, r"target_metric='bytes' is not known.*params"),
+        ({"target": 1.0}, r"target=1.0 is not a fraction kept in \(0, 1\)"),
+        ({"max_ratio": 1.0}, r"max_ratio=1.0 must be in \(0, 1\)"),
+        ({"eps": 8}, r"8.*8/255"),
+        ({"min_channels": 0}, r"min_channels=0 must be a whole number, at least 1"),
+        ({"calibration_sets": True}, r"calibration_sets=True must be a whole number"),
+        ({"gamma": float("inf")}, r"gamma=inf must be a finite number"),
+    ],
+)
+def test_config_names_what_is_wrong_and_what_is_known(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        quick(tmp_path, **changes)
+
+
+def test_config_defaults_follow_the_optimizer_and_survive_a_copy(tmp_path):
+    sgd, adam = quick(tmp_path), quick(tmp_path, optim="adam")
+    assert (str(sgd.optim.value), sgd.learning_rate, sgd.optim_args) == ("sgd", 0.05, "momentum=0.9,nesterov=true")
+    assert (adam.optim, adam.learning_rate, adam.optim_args) == ("adam", 1e-3, None)
+    assert dataclasses.replace(adam, num_train_epochs=2).optim == "adam"
+    assert MRPFConfig(output_dir=str(tmp_path), use_cpu=True).attack == AttackConfig()
+    assert sgd.eval_attack == AttackConfig(eps=0.1, num_steps=2)
