@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+OLDEST := .venv-oldest
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-.PHONY: prune test test-all lint clean
+.PHONY: prune test test-all test-oldest lint clean
 
 prune: $(READY)
 	$(BIN)/accelerate launch recipes/prune.py
@@ -22,8 +23,14 @@ lint: $(READY)
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --override requirements/overrides.txt -e ".[test]"
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e ".[test]"
 	touch $(READY)
 
+test-oldest: $(READY)
+	$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python $(OLDEST)
+	$(BIN)/uv pip install --quiet --python $(OLDEST)/bin/python -e ".[test]" \
+		"torch==2.11.*" "transformers==5.17.*" "huggingface-hub==1.31.*"
+	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -m "not slow"
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .coverage
+	rm -rf $(VENV) $(OLDEST) .pytest_cache .ruff_cache .mypy_cache .coverage

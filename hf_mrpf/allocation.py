@@ -1,10 +1,11 @@
-"""How much to remove from each unit: pure functions of scores, widths and costs, without any tensor."""
+"""How much to remove from each unit: pure functions of scores, widths and costs, no tensor."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 
 Allocation = Callable[..., dict[str, float]]
+Widths = dict[str, int]
 
 # Halving an interval of doubles more often than this changes nothing.
 _HALVINGS = 100
@@ -38,12 +39,12 @@ def mrs(
             Largest fraction of a unit's channels that may be removed, in (0, 1).
 
     Returns:
-        `dict[str, float]`: fraction of channels to remove, in [0, max_ratio], by unit; a higher score never has a higher
-        ratio. `sum(cost * (1 - ratio)) = target * sum(cost)`.
+        `dict[str, float]`: fraction of channels to remove, in [0, max_ratio], by unit; a higher score never has a
+        higher ratio. `sum(cost * (1 - ratio)) = target * sum(cost)`.
 
     Raises:
-        ValueError: If a value is out of range or not finite, units differ between the arguments, or the target cannot be
-            met.
+        ValueError: If a value is out of range or not finite, units differ between the arguments, or the target cannot
+            be met.
     """
     _check(widths, costs, target, max_ratio)
     _same_units("scores", scores, widths)
@@ -100,8 +101,8 @@ def global_importance(
     The other arguments are those of [`mrs`].
 
     Returns:
-        `dict[str, float]`: fraction of channels below the threshold, at most `max_ratio`. The channel that stands at the
-        threshold is counted in part, so that the target is met exactly.
+        `dict[str, float]`: fraction of channels below the threshold, at most `max_ratio`. The channel that stands at
+        the threshold is counted in part, so that the target is met exactly.
     """
     _check(widths, costs, target, max_ratio)
     _same_units("scores", scores, widths)
@@ -134,6 +135,96 @@ def get_allocation(name: str) -> Allocation:
     return ALLOCATIONS[name]
 
 
+def allowed_widths(width: int, max_ratio: float, min_channels: int, round_to: int) -> list[int]:
+    """
+    List the widths that a unit may keep, increasing: multiples of `round_to` that remove at most `max_ratio` and keep
+    at least `min_channels`; the width as it is where there is none.
+    """
+    # The epsilon keeps 1 - 0.9 from asking for 11 of 100 channels.
+    least = max(min_channels, -int(-(width * (1 - max_ratio) - 1e-9) // 1), 1)
+    multiples = [kept for kept in range(round_to, width + 1, round_to) if kept >= least]
+    return multiples or [width]
+
+
+def nearest_width(options: Sequence[int], wanted: float) -> int:
+    """The allowed width nearest to `wanted`; of two as near, the larger."""
+    return min(options, key=lambda width: (abs(width - wanted), -width))
+
+
+def meet_target(
+    size: Callable[[Widths], int],
+    options: Mapping[str, Sequence[int]],
+    widths_at: Callable[[float], Widths],
+    order: Mapping[str, float],
+    wanted: float,
+    *,
+    lowest: float,
+) -> Widths:
+    """
+    Choose widths whose measured size is as near to `wanted` as whole channels allow.
+
+    An allocation takes cost to be linear in widths, which it is not: its nominal target is bisected until the measured
+    size lies on either side of the wanted one, then single channels lead from the one side to the other.
+
+    Args:
+        size (`Callable[[dict[str, int]], int]`): measured size at given widths.
+        options (`Mapping[str, Sequence[int]]`): allowed widths of each unit, increasing.
+        widths_at (`Callable[[float], dict[str, int]]`): allocation at a nominal target in (0, 1), which it grows with.
+        order (`Mapping[str, float]`): units of low values give up a channel first.
+        wanted (`float`): size to meet.
+        lowest (`float`): smallest nominal target that the allocation takes.
+
+    Returns:
+        `dict[str, int]`: width of each unit.
+    """
+    small: Widths = {name: widths[0] for name, widths in options.items()}
+    large: Widths = {name: widths[-1] for name, widths in options.items()}
+    low, high = lowest, 1.0
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        widths = widths_at(middle)
+        if size(widths) > wanted:
+            high, large = middle, widths
+        else:
+            low, small = middle, widths
+    steps = sorted(
+        (rank, order[name], name, width)
+        for name in large
+        for rank, width in enumerate(sorted((w for w in options[name] if small[name] <= w < large[name]), reverse=True))
+    )
+    best, gap = dict(large), size(large) - wanted
+    current, blocked = dict(large), set()
+    for _, _, name, width in steps:
+        excess = size(current | {name: width}) - wanted
+        if name in blocked:
+            continue
+        if abs(excess) < abs(gap):
+            best, gap = current | {name: width}, excess
+        if excess >= 0:
+            current[name] = width
+        else:
+            blocked.add(name)
+    return _nudged(size, options, best, wanted)
+
+
+def _nudged(
+    size: Callable[[Widths], int], options: Mapping[str, Sequence[int]], widths: Widths, wanted: float
+) -> Widths:
+    """Where wide steps left a gap, move single units to the next width while that brings the cost nearer."""
+    while (gap := abs(size(widths) - wanted)) > 0.005 * wanted:
+        moves = [
+            widths | {name: choices[position]}
+            for name, choices in options.items()
+            for position in (choices.index(widths[name]) - 1, choices.index(widths[name]) + 1)
+            if 0 <= position < len(choices)
+        ]
+        best = min(moves, key=lambda move: abs(size(move) - wanted), default=widths)
+        if abs(size(best) - wanted) >= gap:
+            break
+        widths = best
+    return widths
+
+
 def _meet(
     ratios: Callable[[float], dict[str, float]], low: float, high: float, costs: Mapping[str, float], target: float
 ) -> dict[str, float]:
@@ -141,18 +232,13 @@ def _meet(
     total = sum(costs.values())
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        kept = sum(
-            cost * (1 - ratio) for cost, ratio in zip(costs.values(), _in_order(ratios(middle), costs), strict=True)
-        )
+        removed = ratios(middle)
+        kept = sum(cost * (1 - removed[unit]) for unit, cost in costs.items())
         if kept > target * total:
             low = middle
         else:
             high = middle
     return ratios(high)
-
-
-def _in_order(values: Mapping[str, float], like: Mapping[str, float]) -> list[float]:
-    return [values[unit] for unit in like]
 
 
 def _check(widths: Mapping[str, int], costs: Mapping[str, float], target: float, max_ratio: float) -> None:
@@ -172,8 +258,8 @@ def _check(widths: Mapping[str, int], costs: Mapping[str, float], target: float,
             raise ValueError(f"{name} is {value!r}; it must be a number between 0 and 1, both excluded.")
     if target < 1 - max_ratio - 1e-12:
         raise ValueError(
-            f"target {target:g} cannot be met: with max_ratio {max_ratio:g} at least {1 - max_ratio:g} of the cost is kept. "
-            f"Raise target, or max_ratio to {1 - target:g} or more."
+            f"target {target:g} cannot be met: with max_ratio {max_ratio:g} at least {1 - max_ratio:g} of the cost is "
+            f"kept. Raise target, or max_ratio to {1 - target:g} or more."
         )
 
 

@@ -1,4 +1,4 @@
-"""What is known about classes of layers: which ones pruning understands, which ones it must refuse, which sizes they keep.
+"""What is known about classes of layers: which pruning understands, which it must refuse, which sizes they keep.
 
 Classes are matched by their exact identity, never by bare name or as a subclass: a subclass may standardise its weights
 over the channels that pruning removes, and namesakes compute something else.
@@ -75,9 +75,7 @@ def known_layers(model: nn.Module) -> dict[str, str]:
             continue
         if isinstance(module, nn.Conv2d) and module.groups > 1:
             if not is_depthwise(module):
-                raise unsupported(
-                    name, module, f"is a grouped convolution ({module.groups} groups), not a depthwise one"
-                )
+                raise unsupported(name, module, f"is a convolution of {module.groups} groups that is not depthwise")
             kind = "depthwise"
         layers[name] = kind
     return layers
@@ -92,7 +90,7 @@ def unsupported(name: str, module: nn.Module, reason: str) -> ValueError:
     where = f"module {name!r}" if name else "the model itself"
     known = ", ".join(sorted({qualified for _, qualified in LAYERS}))
     return ValueError(
-        f"cannot prune this model: {where} ({full_name(module)}) {reason}. It is left alone rather than pruned wrongly. "
+        f"cannot prune this model: {where} ({full_name(module)}) {reason}. It is refused rather than pruned wrongly. "
         f"Supported are networks of {known} layers with channel-wise operations between them: choose such a backbone "
         "(ResNet, VGG, MobileNet), or teach hf_mrpf/architectures.py the class."
     )
@@ -121,9 +119,10 @@ def refresh(model: nn.Module) -> nn.Module:
             continue
         width = classifier.in_features
         reader = dict(module.named_modules()).get(_FEATURES_READ_BY.get(class_id(module), ""))
-        module.num_features = reader.in_channels if isinstance(reader, nn.Conv2d) else width
-        if hasattr(module, "head_hidden_size"):
-            module.head_hidden_size = width
+        features = reader.in_channels if isinstance(reader, nn.Conv2d) else width
+        for attribute, size in (("num_features", features), ("head_hidden_size", width)):
+            if hasattr(module, attribute):
+                setattr(module, attribute, size)
         for head in module.modules():
             if getattr(head, "fc", None) is classifier and head is not module:
                 for attribute in ("in_features", "num_features"):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, HfArgumentParser, TrainingArguments
+from transformers import AutoConfig, HfArgumentParser, ProgressCallback, TrainingArguments
 
 from .config import MRPFConfig
 from .data import ImageData, load_image_data
@@ -29,6 +29,7 @@ TRAINING_OPTIONS = (
     "bf16",
     "resume_from_checkpoint",
 )
+SHOWN_IN_BAR = {"loss": "loss", "eval_accuracy": "clean", "eval_robust_accuracy": "robust"}
 # Settings that may change between two calls on one folder: they change what is shown or sent, not what is computed.
 NOT_PART_OF_A_RUN = (
     "output_dir",
@@ -123,7 +124,6 @@ class GroupedParser(HfArgumentParser):
 
     def _parse_dataclass_field(self, parser, field):
         if field.name in FRACTIONS:
-            field = dataclasses.replace(field) if dataclasses.is_dataclass(field) else field
             field.type = number
         HfArgumentParser._parse_dataclass_field(self._option_groups[self._title or self._subject(field.name)], field)
 
@@ -135,9 +135,7 @@ class GroupedParser(HfArgumentParser):
             return "attack"
         if name.startswith(("hub_", "push_to_hub")):
             return "Hub"
-        if name in TRAINING_OPTIONS or (
-            name in own and (name in inherited or name in ("crop_padding", "horizontal_flip"))
-        ):
+        if name in TRAINING_OPTIONS or (name in own and name in (*inherited, "crop_padding", "horizontal_flip")):
             return "training"
         return "pruning" if name in own else "transformers"
 
@@ -159,6 +157,19 @@ def announce(args: MRPFConfig) -> None:
     if args.process_index == 0:
         dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
         print(f"world size {args.world_size}, device {args.device}, dtype {dtype}, seed {args.seed}", flush=True)
+
+
+class StageProgress(ProgressCallback):
+    """A bar that carries the newest figures, where `ProgressCallback` prints a line for each."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self.figures: dict[str, str] = {}
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and logs:
+            self.figures |= {short: f"{float(logs[name]):.3g}" for name, short in SHOWN_IN_BAR.items() if name in logs}
+            self.training_bar.set_postfix(self.figures)
 
 
 def load_data(arguments: DataArguments, image_size: int | None, seed: int) -> ImageData:
@@ -184,6 +195,13 @@ def is_own_checkpoint(name: str | None, revision: str | None = None) -> bool:
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise ValueError(f"--model_name_or_path {name} is a folder without config.json, so it holds no model.")
     return AutoConfig.from_pretrained(name, revision=revision).model_type == "mrpf"
+
+
+def quieten() -> None:
+    """Leaves to the bars of the stages what libraries would print for every file they write."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def report_errors(main: Callable[[], None]) -> None:

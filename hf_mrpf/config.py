@@ -86,9 +86,9 @@ class MRPFConfig(TrainingArguments):
             Whether training images are flipped at random.
 
     The defaults of these `TrainingArguments` differ: `optim` (`"sgd"` with Nesterov momentum 0.9; `"adam"` is
-    `torch.optim.Adam`), `learning_rate` (0.05 for SGD, 1e-3 for the Adam family), `weight_decay` (5e-4), cosine schedule
-    with 5 % warm-up, `per_device_train_batch_size` and `per_device_eval_batch_size` (128), `max_grad_norm` (0),
-    `remove_unused_columns` (`False`), `label_names` (`["labels"]`), `metric_for_best_model` (`"robust_accuracy"`).
+    `torch.optim.Adam`), `learning_rate` (0.05 for SGD, 1e-3 for the Adam family), `weight_decay` (5e-4), cosine
+    schedule with 5 % warm-up, `per_device_train_batch_size` and `per_device_eval_batch_size` (128), `max_grad_norm`
+    (0), `remove_unused_columns` (`False`), `label_names` (`["labels"]`), `metric_for_best_model` (`"robust_accuracy"`).
 
     Raises:
         ValueError: where a value is out of its range or a name is not known.
@@ -167,6 +167,8 @@ class MRPFConfig(TrainingArguments):
         super().__post_init__()
         if wanted == "adam":
             self.optim = "adam"
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # torch warns at every loader otherwise
 
     def _check_values(self) -> None:
         if not callable(self.objective):
@@ -178,7 +180,7 @@ class MRPFConfig(TrainingArguments):
         _known("target_metric", self.target_metric, TARGET_METRICS)
         if not (isinstance(self.target, float | int) and 0 < self.target < 1):
             raise ValueError(
-                f"target={self.target} is not a fraction kept in (0, 1): target=0.5 keeps half of the {self.target_metric}."
+                f"target={self.target} is not a fraction kept in (0, 1): 0.5 keeps half of the {self.target_metric}."
             )
         if not 0 < self.max_ratio < 1:
             raise ValueError(f"max_ratio={self.max_ratio} must be in (0, 1): the largest fraction a unit may lose.")

@@ -352,7 +352,7 @@ def calibration_batches(dataset: Dataset, sets: int = 3, size: int = 128, seed: 
 
 def augment(images: Tensor, *, padding: int | None = None, flip: bool = True) -> Tensor:
     """
-    Crops every image of a batch at random out of its zero-padded self, and mirrors every second one or so.
+    Crops every image of a batch at random out of its zero-padded self, and mirrors it with probability 1/2.
 
     Draws from the global generator of the images' device: first the vertical and horizontal offsets, then the coins.
 
@@ -362,7 +362,7 @@ def augment(images: Tensor, *, padding: int | None = None, flip: bool = True) ->
         padding (`int`, *optional*):
             Zeros added on each side. An eighth of the height by default (4 at 32x32); 0 leaves the crop out.
         flip (`bool`, *optional*, defaults to `True`):
-            Whether to mirror horizontally with probability 1/2. Not for classes that a mirror changes, such as digits.
+            Whether to mirror, left and right. Not for classes that a mirror changes, such as digits.
 
     Returns:
         `torch.Tensor`: a batch of the same shape.

@@ -97,7 +97,8 @@ def _draw_scores(axes: "Axes", names: list[str], scores: Mapping[str, float]) ->
     margin = max(1.4, (high / low) ** 0.07)
     axes.set_xscale("log")
     axes.set_xlim(low / margin ** (2 if rest else 1), high * margin)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    # No number left of the hollow dots, whose place means nothing.
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}" if value > low / margin else "")
     if not positive:
         axes.set_xticks([])
         axes.set_xticks([], minor=True)

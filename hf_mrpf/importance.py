@@ -62,8 +62,8 @@ def lamp(model: nn.Module, groups: Mapping[str, "Group"], batches: Batches, seed
 def taylor(model: nn.Module, groups: Mapping[str, "Group"], batches: Batches, seed: int) -> dict[str, Tensor]:
     """
     First-order change of the adversarial cross-entropy, sum of |weight * gradient| over the weights that a channel
-    touches ([Molchanov et al., 2019](https://huggingface.co/papers/1906.10771)). Arguments and result as for
-    [`magnitude`]; `batches` must not be empty.
+    touches ([Molchanov et al., 2019](https://huggingface.co/papers/1906.10771)); torch-pruning leaves BatchNorm's own
+    scales out of it. Arguments and result as for [`magnitude`]; `batches` must not be empty.
     """
     from torch_pruning.pruner.importance import GroupTaylorImportance
 
@@ -79,8 +79,9 @@ def taylor(model: nn.Module, groups: Mapping[str, "Group"], batches: Batches, se
 def hessian(model: nn.Module, groups: Mapping[str, "Group"], batches: Batches, seed: int) -> dict[str, Tensor]:
     """
     Second-order change of the adversarial cross-entropy, sum of weight^2 times the mean squared gradient of single
-    images ([Optimal Brain Damage](https://proceedings.neurips.cc/paper/1989/hash/6c9882bbac1c7093bd25041881277658-Abstract.html)
-    with the empirical Fisher diagonal). Arguments and result as for [`magnitude`]; `batches` must not be empty.
+    images ([Optimal Brain
+    Damage](https://proceedings.neurips.cc/paper/1989/hash/6c9882bbac1c7093bd25041881277658-Abstract.html) with the
+    empirical Fisher diagonal). Arguments and result as for [`magnitude`]; `batches` must not be empty.
     """
     from torch_pruning.pruner.importance import GroupHessianImportance
 

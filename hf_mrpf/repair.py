@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ MAX_INPUTS = 8192
 # Elements of one block of image patches: 64 MB in float32.
 _BLOCK = 2**24
 
+Layer = nn.Conv2d | nn.Linear
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
@@ -37,8 +38,8 @@ class RepairReport:
 
     Attributes:
         errors (`dict[str, tuple[float, float]]`):
-            For each repaired layer its mean squared output error on the calibration images before and after, relative to
-            its mean squared output, with inputs as the dense model computes them. The second is never the larger.
+            For each repaired layer its mean squared output error on the calibration images before and after, relative
+            to its mean squared output, with inputs as the dense model computes them. The second is never the larger.
         left (`dict[str, str]`):
             Layers that lost inputs and were left as they are, with the reason.
     """
@@ -61,9 +62,10 @@ def repair(
     Refit every layer that lost inputs, so that what is left of them gives the dense model's outputs best.
 
     For a layer with kept inputs K, kept outputs O and second moment C of its input patches in the dense model, the new
-    weight is the least-squares one `W' = W[O] (C[:, K] + lam E) (C[K, K] + lam I)^-1`. `E` takes W to its kept columns: the
-    ridge pulls towards the weights as they were, not towards zero, so that no layer's error can grow and one that lost
-    nothing does not change. A layer with a bias has a constant 1 among its inputs, and its bias is refitted as well.
+    weight is the least-squares one `W' = W[O] (C[:, K] + lam E) (C[K, K] + lam I)^-1`. `E` takes W to its kept columns:
+    the ridge pulls towards the weights as they were, not towards zero, so that no layer's error can grow and one that
+    lost nothing does not change. A layer with a bias has a constant 1 among its inputs, and its bias is refitted as
+    well.
 
     Args:
         pruned (`nn.Module`):
@@ -75,16 +77,16 @@ def repair(
         batches (`Iterable[tuple[Tensor, Tensor]]`):
             Calibration images `[N, 3, H, W]` in [0, 1] and labels `[N]`.
         attack ([`AttackConfig`], *optional*):
-            Makes the adversarial images of `dense` that the moments are taken on beside the clean ones; with None they are
-            taken on clean ones alone.
+            Makes the adversarial images of `dense` that the moments are taken on beside the clean ones; with None they
+            are taken on clean ones alone.
         damping (`float`, *optional*, defaults to 1e-3):
             `lam` as a fraction of the mean diagonal of `C[K, K]`, more than 0.
         seed (`int`, *optional*, defaults to 0):
             Of the attack's random starts.
 
     Returns:
-        [`RepairReport`]. Depthwise layers, convolutions with other than zero padding of fixed size and layers of more than
-        8,192 inputs are left and named.
+        [`RepairReport`]. Depthwise layers, convolutions with other than zero padding of fixed size and layers of more
+        than 8,192 inputs are left and named.
 
     Raises:
         ValueError: If damping is not positive, there are no images, or the models are not those of the plan.
@@ -106,7 +108,7 @@ def repair(
     moments = _input_moments(dense, repairable, batches, attack, seed)
     errors = {}
     for layer in repairable:
-        old, new = dense.get_submodule(layer), pruned.get_submodule(layer)
+        old, new = cast(Layer, dense.get_submodule(layer)), cast(Layer, pruned.get_submodule(layer))
         outputs = _kept(graph.layers[layer].outs, removed.get((layer, "out"), []))
         channels = _kept(graph.layers[layer].ins, removed[layer, "in"])
         # Popped, so that each moment's memory is free once its layer is done.
@@ -171,8 +173,8 @@ def _check_models(pruned: nn.Module, dense: nn.Module, removed: dict[tuple[str, 
         if not isinstance(after, Tensor) or list(after.shape) != expected:
             found = list(after.shape) if isinstance(after, Tensor) else "absent"
             raise ValueError(
-                f"layer {layer!r} of the pruned model is {found}, and {expected} by the plan: hand over prune(copy of dense, "
-                "plan) and the dense model itself."
+                f"layer {layer!r} of the pruned model is {found}, and {expected} by the plan: hand over prune(copy of "
+                "dense, plan) and the dense model itself."
             )
 
 
@@ -182,7 +184,7 @@ def _reason_to_leave(layer: nn.Module) -> str | None:
             return "depthwise: it mixes no channels"
         if type(layer) is not nn.Conv2d or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             return "padding that is not a fixed number of zeros"
-    inputs = layer.weight[0].numel()  # type: ignore[index, operator]
+    inputs = cast(nn.Linear, layer).weight[0].numel()
     return f"{inputs:,} inputs are more than {MAX_INPUTS:,}" if inputs > MAX_INPUTS else None
 
 
@@ -241,10 +243,11 @@ def _patches(module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
         yield from inputs.flatten(0, -2).split(max(1, _BLOCK // inputs.shape[-1]))
         return
     assert isinstance(module, nn.Conv2d)
-    geometry = {"dilation": module.dilation, "padding": module.padding, "stride": module.stride}
+    padding = cast(tuple[int, int], module.padding)
     size = module.weight[0].numel() * inputs.shape[-1] * inputs.shape[-2]
     for images in inputs.split(max(1, _BLOCK // size)):
-        yield F.unfold(images, module.kernel_size, **geometry).transpose(1, 2).flatten(0, 1)  # type: ignore[arg-type]
+        columns = F.unfold(images, module.kernel_size, module.dilation, padding, module.stride)
+        yield columns.transpose(1, 2).flatten(0, 1)
 
 
 def _kept(count: int, removed: list[int]) -> list[int]:
@@ -254,20 +257,20 @@ def _kept(count: int, removed: list[int]) -> list[int]:
 
 @torch.no_grad()
 def _refit(
-    old: nn.Module, new: nn.Module, outputs: list[int], channels: list[int], moment: Tensor, damping: float
+    old: Layer, new: Layer, outputs: list[int], channels: list[int], moment: Tensor, damping: float
 ) -> tuple[float, float]:
-    weight = old.weight.double()[outputs].flatten(1)  # type: ignore[operator, union-attr, index]
-    size = weight.shape[1] // old.weight.shape[1]  # type: ignore[operator, index]
+    weight = old.weight.double()[outputs].flatten(1)
+    size = weight.shape[1] // old.weight.shape[1]
     columns = [channel * size + tap for channel in channels for tap in range(size)]
     if old.bias is not None:
-        weight = torch.cat([weight, old.bias.double()[outputs, None]], dim=1)  # type: ignore[index, operator]
+        weight = torch.cat([weight, old.bias.double()[outputs, None]], dim=1)
         columns.append(weight.shape[1] - 1)
     gram = moment[columns][:, columns]
     ridge = damping * gram.diagonal().mean()
     ridge = ridge if ridge > 0 else gram.new_ones(())
     target = weight @ moment[:, columns] + ridge * weight[:, columns]
     gram.diagonal().add_(ridge)
-    refitted = torch.linalg.solve(gram, target, left=False)
+    refitted = torch.cholesky_solve(target.T, torch.linalg.cholesky(gram)).T
 
     def error(kept: Tensor) -> float:
         difference = weight.clone()
@@ -276,8 +279,8 @@ def _refit(
         return (((difference @ moment) * difference).sum() / scale).item() if scale > 0 else 0.0
 
     before, after = error(weight[:, columns]), error(refitted)
-    if old.bias is not None:
-        new.bias.copy_(refitted[:, -1])  # type: ignore[operator, union-attr]
+    if new.bias is not None:
+        new.bias.copy_(refitted[:, -1])
         refitted = refitted[:, :-1]
-    new.weight.copy_(refitted.reshape(new.weight.shape))  # type: ignore[operator, arg-type, union-attr]
+    new.weight.copy_(refitted.reshape(new.weight.shape))
     return before, after

@@ -5,17 +5,24 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast, broadcast_object_list
 from datasets import Dataset
 from torch import nn
-from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
+from transformers import EvalPrediction, PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from .attacks import keyed_start, logits_of, pgd_attack
 from .config import MRPFConfig
-from .data import as_pixel_dataset, augment, batches, calibration_batches, collate_pixels, stratified_subset
+from .data import (
+    as_pixel_dataset,
+    augment,
+    batches,
+    calibration_batches,
+    collate_pixels,
+    stratified_subset,
+    with_index,
+)
 from .objectives import get_objective
 from .pruning import PruningPlan, plan_pruning, prune
 from .repair import recalibrate_batchnorm, repair
@@ -23,7 +30,7 @@ from .sensitivity import check_finite_weights, module_robustness_sensitivity
 
 
 class SeedEachRank(TrainerCallback):
-    """Gives every process its own random stream: `Trainer` seeds all alike, which would repeat noise and augmentation."""
+    """Gives every process its own random stream: `Trainer` seeds all alike."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         # Not earlier: the order of the training data must be drawn from the seed that all ranks share.
@@ -109,7 +116,7 @@ class MRPFTrainer(Trainer):
             eval_dataset = self.eval_dataset[eval_dataset]
         dataset = self._pixels(eval_dataset if eval_dataset is not None else self.eval_dataset)
         if isinstance(dataset, Dataset) and "index" not in dataset.column_names:
-            dataset = dataset.add_column("index", np.arange(len(dataset)))
+            dataset = with_index(dataset)
         return super().get_eval_dataloader(dataset)
 
     # ---- Pruning ----------------------------------------------------------------------------------------------------
@@ -172,7 +179,7 @@ class MRPFTrainer(Trainer):
 
     def _plan(self, model: nn.Module, calibration: list) -> PruningPlan:
         args = self.args
-        settings = dict(method=args.sensitivity_method, gamma=args.gamma, num_steps=args.sensitivity_steps)
+        settings = {"method": args.sensitivity_method, "gamma": args.gamma, "num_steps": args.sensitivity_steps}
         scores = None
         if args.allocation == "mrs" and args.combine != "joint":
             scores = module_robustness_sensitivity(
@@ -211,6 +218,9 @@ class MRPFTrainer(Trainer):
         if self.eval_dataset is None:
             return
         output = self.evaluation_loop(self.get_eval_dataloader(), description=step, metric_key_prefix=step)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback):  # closes its bar; other callbacks would take it for an epoch
+                callback.on_evaluate(self.args, self.state, self.control)
         self.pruning_report[step] = {
             name: output.metrics[f"{step}_{name}"] for name in ("accuracy", "robust_accuracy")
         } | {"num_samples": output.num_samples}

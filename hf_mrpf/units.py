@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .architectures import is_depthwise, known_layers, unsupported
+from .architectures import known_layers, unsupported
 from .attacks import eval_mode, logits_of
+from .operations import ChannelWatch
 
 if TYPE_CHECKING:
     from torch_pruning.dependency import Group
@@ -29,7 +30,8 @@ class PruningUnit:
         kind (`str`):
             `"channels"`.
         width (`int`):
-            Number of channels. Channel `i` is output `i` of every member (a block of outputs where they are unflattened).
+            Number of channels. Channel `i` is output `i` of every member (a block of outputs where they are
+            unflattened).
         members (`tuple[str, ...]`):
             `named_modules` names of the convolutions and linear layers whose *output* channels are in the unit, in
             module order.
@@ -52,9 +54,9 @@ class Slot:
 
     Attributes:
         layer (`str`): `named_modules` name.
-        side (`str`): `"out"`, `"in"`, or `"both"` where they are the same channels (BatchNorm, depthwise convolutions).
-        positions (`tuple[tuple[int, ...], ...]`): for each channel of the unit its indices on that side: one, or several
-            after a flatten; offset after a concatenation.
+        side (`str`): `"out"`, `"in"`, or `"both"` where they are the same channels (BatchNorm, depthwise layers).
+        positions (`tuple[tuple[int, ...], ...]`): for each channel of the unit its indices on that side: one, or
+            several after a flatten; offset after a concatenation.
     """
 
     layer: str
@@ -64,7 +66,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class _Layer:
-    """Shape of a layer: MACs = `macs_each * outs * ins` (a depthwise or norm layer has `ins` 1), likewise parameters."""
+    """Shape of a layer: MACs are `macs_each * outs * ins` (`ins` is 1 in depthwise and norm layers)."""
 
     kind: str
     outs: int
@@ -141,13 +143,13 @@ def pruning_units(model: nn.Module, example: Tensor) -> list[PruningUnit]:
     """
     Find the coupled sets of channels of a model.
 
-    Channels that reach the logits (the classes) belong to no unit: whatever layer makes the output is found by the trace
-    itself, not by its name.
+    Channels that reach the logits (the classes) belong to no unit: whatever layer makes the output is found by the
+    trace itself, not by its name.
 
     Args:
         model (`nn.Module`):
-            Model that returns logits or an output with `.logits`. It is run twice in eval mode; modes, gradients' flags,
-            BatchNorm statistics and the random state are left as they were.
+            Model that returns logits or an output with `.logits`. It is run twice in eval mode; modes, gradients'
+            flags, BatchNorm statistics and the random state are left as they were.
         example (`torch.Tensor` of shape `[N, C, H, W]`):
             Images of the size that counts, pixels in [0, 1]. The first one is used.
 
@@ -213,7 +215,7 @@ def _coupled_groups(model: nn.Module, example: Tensor) -> list["Group"]:
 def _slots(group: "Group", names: Mapping[nn.Module, str], layers: Mapping[str, _Layer]) -> Iterator[Slot]:
     width = len(group[0].idxs)
     for item in group.items:
-        name = names.get(item.dep.target.module)
+        name = names.get(item.dep.target.module, "")
         if name not in layers:
             continue
         layer = layers[name]
@@ -242,9 +244,9 @@ def _measure(model: nn.Module, example: Tensor, kinds: Mapping[str, str]) -> dic
             positions[name] += output.numel() // output.shape[axis]
 
         handles.append(modules[name].register_forward_hook(count))
-    counter = FlopCounterMode(display=False)
+    counter, watch = FlopCounterMode(display=False), ChannelWatch()
     try:
-        with torch.no_grad(), counter:
+        with torch.no_grad(), counter, watch:
             model(example)
     finally:
         for handle in handles:
@@ -252,6 +254,9 @@ def _measure(model: nn.Module, example: Tensor, kinds: Mapping[str, str]) -> dic
     layers = {name: _shape(modules[name], kind, positions[name]) for name, kind in kinds.items()}
     if counter.get_total_flops() != 2 * sum(layer.macs_each * layer.outs * layer.ins for layer in layers.values()):
         _refuse_other_products(counter, modules, kinds)
+    if watch.found:
+        operations = ", ".join(dict.fromkeys(watch.found))
+        raise unsupported("", model, f"moves or mixes channels between its layers ({operations})")
     return layers
 
 
@@ -271,7 +276,7 @@ def _refuse_other_products(
 ) -> None:
     """Name the innermost module that multiplies matrices (as attention does) outside of the known layers."""
     counts = {name.partition(".")[2]: sum(flops.values()) for name, flops in counter.get_flop_counts().items()}
-    for name, module in reversed(modules.items()):
+    for name, module in reversed(list(modules.items())):
         children = sum(counts.get(f"{name}.{child}".lstrip("."), 0) for child, _ in module.named_children())
         if name not in kinds and counts.get(name, 0) > children:
             raise unsupported(name, module, "multiplies matrices or convolves outside of such layers")

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+from transformers import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_mrpf import MRPFConfig, MRPFTrainer, PrunedForImageClassification, PruningPlan, RobustnessReport
@@ -27,10 +28,12 @@ from hf_mrpf.cli import (
     GroupedParser,
     ModelArguments,
     RunArguments,
+    StageProgress,
     announce,
     build_model,
     is_own_checkpoint,
     load_data,
+    quieten,
     report_errors,
     run_settings,
 )
@@ -45,40 +48,51 @@ from hf_mrpf.results import ResultRow, results_table
 from hf_mrpf.run_folder import RunFolder, read_json, write_json
 
 ATTACKS = ("clean", "fgsm", "pgd20", "cw")
-NARROW_RESNET = {"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 64], "stem_type": "deep", "stem_width": 8}
-# What the embedded digits need: eps at which a normally trained net fails, and a few minutes on two cores.
-DIGITS_DEFAULTS = {
-    "output_dir": "outputs/digits",
+# About 0.16 M parameters with these channels; the stem has 2 * stem_width of them.
+NARROW_RESNET = {
     "model_name_or_path": "timm/resnet18",
     "small_images": True,
+    "backbone_kwargs": '{"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 64], "stem_type": "deep", "stem_width": 8}',
+}
+# The embedded digits: eps at which a normally trained net fails, and a few minutes on two cores.
+DIGITS = {
+    "output_dir": "outputs/digits",
     "eps": 0.2,
+    "control_epochs": 10.0,
     "base_epochs": 30.0,
     "num_train_epochs": 15.0,
-    "control_epochs": 8.0,
     "per_device_train_batch_size": 64,
+}
+EVERY_RUN = {
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "logging_strategy": "epoch",
+    "load_best_model_at_end": True,
+    "save_total_limit": 1,
+    "report_to": "none",
+    "num_train_epochs": 20.0,
 }
 
 
 def parse_arguments():
-    parser = GroupedParser(
-        [DataArguments, ModelArguments, RunArguments, MRPFConfig], description=__doc__.split("\n\n")[0]
-    )
-    parser.set_defaults(
-        eval_strategy="epoch", save_strategy="epoch", logging_strategy="epoch", load_best_model_at_end=True,
-        save_total_limit=1, report_to="none", num_train_epochs=20.0,
-    )  # fmt: skip
+    groups = [DataArguments, ModelArguments, RunArguments, MRPFConfig]
+    parser = GroupedParser(groups, description=__doc__.split("\n\n")[0])
+    parser.set_defaults(**EVERY_RUN)
     known, _ = parser.parse_known_args()
     if known.dataset_name is None:
-        defaults = dict(DIGITS_DEFAULTS)
-        if known.model_name_or_path is not None:
-            defaults |= {"base_epochs": None, "small_images": known.small_images}
-        parser.set_defaults(**defaults)
+        # A model that was named may be trained already: whether the base is trained then follows from it.
+        parser.set_defaults(**DIGITS if known.model_name_or_path is None else DIGITS | {"base_epochs": None})
+    else:
+        parser.set_defaults(output_dir=f"outputs/{Path(known.dataset_name).name}")
+    if known.model_name_or_path is None:
+        parser.set_defaults(**NARROW_RESNET)
     return parser.parse_args_into_dataclasses()
 
 
 def main() -> None:
     data_args, model_args, run_args, args = parse_arguments()
     announce(args)
+    quieten()
     settings = run_settings(data_args, model_args, args)
     run = RunFolder(args.output_dir, settings, overwrite=run_args.overwrite_output_dir, is_main=args.process_index == 0)
     run.check()
@@ -123,11 +137,19 @@ def refuse_unreachable(model: PrunedForImageClassification, data: ImageData, arg
     )  # fmt: skip
 
 
+def make_trainer(model, data: ImageData, args: MRPFConfig) -> MRPFTrainer:
+    """The trainer of a stage, with one progress bar in place of a line an epoch."""
+    trainer = MRPFTrainer(model=model, args=args, train_dataset=data.train, eval_dataset=data.validation)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(StageProgress())
+    return trainer
+
+
 def train(run: RunFolder, stage: str, model, data: ImageData, args: MRPFConfig, **changes) -> tuple:
     """Trains `model` in the stage's own folder; goes on from a checkpoint where there is one."""
     folder = run.stage(stage) / "training"
     stage_args = dataclasses.replace(args, output_dir=str(folder), **changes)
-    trainer = MRPFTrainer(model=model, args=stage_args, train_dataset=data.train, eval_dataset=data.validation)
+    trainer = make_trainer(model, data, stage_args)
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or last)
@@ -202,9 +224,7 @@ def pruned_stage(run: RunFolder, dense, data: ImageData, args: MRPFConfig):
         return finished, PruningPlan.load(plan_file)
     start = time.perf_counter()
     stage_args = dataclasses.replace(args, output_dir=str(run.stage("pruned") / "training"))
-    trainer = MRPFTrainer(
-        model=copy.deepcopy(dense), args=stage_args, train_dataset=data.train, eval_dataset=data.validation
-    )
+    trainer = make_trainer(copy.deepcopy(dense), data, stage_args)
     plan = trainer.prune()
     result = {"seconds": round(time.perf_counter() - start, 1), "steps": trainer.pruning_report}
     if args.process_index == 0:

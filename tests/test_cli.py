@@ -11,6 +11,7 @@ from hf_mrpf.cli import (
     GroupedParser,
     ModelArguments,
     RunArguments,
+    StageProgress,
     build_model,
     is_own_checkpoint,
     load_data,
@@ -111,3 +112,16 @@ def test_what_a_user_can_put_right_is_one_message_and_the_rest_a_traceback(capsy
 
     with pytest.raises(KeyError):
         report_errors(fail)
+
+
+def test_the_progress_bar_carries_the_newest_figures_and_prints_no_line(capsys):
+    from transformers import TrainerControl, TrainerState
+
+    state, control = TrainerState(max_steps=4, is_world_process_zero=True), TrainerControl()
+    progress = StageProgress()
+    progress.on_train_begin(None, state, control)
+    progress.on_log(None, state, control, logs={"loss": "1.25", "epoch": "1"})
+    progress.on_log(None, state, control, logs={"eval_accuracy": 0.5, "eval_robust_accuracy": 0.25})
+    assert progress.training_bar.postfix == "loss=1.25, clean=0.5, robust=0.25"
+    progress.on_train_end(None, state, control)
+    assert capsys.readouterr().out == ""

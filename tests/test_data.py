@@ -445,6 +445,7 @@ def test_pixels_survive_what_is_done_to_a_data_set(tmp_path):
 def test_collate_and_loader():
     pixels = as_pixel_dataset(animals(10))
     indexed = with_index(pixels.select([4, 2, 9, 0]))
+    assert indexed.features["pixel_values"] == Value("binary"), "copied as bytes, not as nested lists"
     loader = DataLoader(indexed, batch_size=3, collate_fn=collate_pixels, num_workers=0)
     first, last = list(loader)
     assert first["index"].tolist() + last["index"].tolist() == [0, 1, 2, 3]

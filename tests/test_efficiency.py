@@ -57,6 +57,7 @@ def test_macs_count_attention(fused, monkeypatch):
 
 def test_counting_leaves_no_trace():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(4 * 36, 2))
+    model.register_forward_hook(lambda *_: torch.rand(1))  # random also in eval mode
     model.train()
     model[1].eval()  # frozen on purpose
     modes, state = _modes(model), {name: value.clone() for name, value in model.state_dict().items()}

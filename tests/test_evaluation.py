@@ -135,7 +135,8 @@ def test_batch_size_and_subset_change_no_verdict():
     pieces = evaluate_robustness(model, (images, labels), ALL, attack, seed=3, batch_size=7)
     assert pieces.verdicts == whole.verdicts and pieces.images == whole.images
     chunks = [(images[:13], labels[:13]), {"pixel_values": images[13:], "labels": labels[13:]}]
-    assert evaluate_robustness(model, iter(chunks), ALL, attack, seed=3).verdicts == whole.verdicts
+    streamed = evaluate_robustness(model, iter(chunks), ALL, attack, seed=3)
+    assert streamed.verdicts == whole.verdicts and streamed.images == whole.images
 
     first = evaluate_robustness(model, iter(chunks), ALL, attack, num_samples=20, seed=3)
     assert first.verdicts["cw"] == whole.verdicts["cw"][:20] and first.num_samples == 20

@@ -615,6 +615,12 @@ def test_trained_weights_are_not_initialised_again(saved):
     model.init_weights()
     model.apply(model._initialize_weights)
     assert torch.equal(model(saved[2]).logits, saved[3])
+    wrapped = from_backbone(ResNetConfig(**TINY_RESNET), num_labels=3, image_size=32)
+    before = copy.deepcopy(wrapped.state_dict())
+    for module in wrapped.modules():
+        vars(module).pop("_is_hf_initialized", None)  # as on modules that something else has put in
+    wrapped.init_weights()
+    assert all(torch.equal(before[name], tensor) for name, tensor in wrapped.state_dict().items())
 
 
 FC = "backbone.fc.weight"

@@ -45,8 +45,8 @@ def compress(
         model (`nn.Module`):
             Takes pixels in [0, 1] and returns logits, or an output with `.logits`.
         batches (`Iterable[tuple[Tensor, Tensor]]`):
-            Calibration sets of training images `[N, 3, H, W]` in [0, 1] and labels `[N]`; BatchNorm statistics are measured
-            on them too, clean.
+            Calibration sets of training images `[N, 3, H, W]` in [0, 1] and labels `[N]`; BatchNorm statistics are
+            measured on them too, clean.
         target (`float`, *optional*, defaults to 0.5):
             Fraction of the target metric to KEEP, in (0, 1).
         attack ([`AttackConfig`], *optional*):

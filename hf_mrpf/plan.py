@@ -1,0 +1,240 @@
+"""The pruning plan: which channels stay, what led to it, and its JSON."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .units import PruningUnit, UnitGraph
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """
+    Which channels of which units stay, and all that led to it. Made by [`plan_pruning`], applied by [`prune`].
+
+    Attributes:
+        target (`float`): fraction of `target_metric` to keep, as asked for.
+        target_metric (`str`): `"macs"` or `"params"`.
+        allocation, combine, importance (`str`): names of the functions used.
+        max_ratio (`float`), min_channels (`int`), round_to (`int`), ignore (`tuple[str, ...]`), seed (`int`): settings.
+        units (`tuple[PruningUnit, ...]`): all units of the model, in its order.
+        scores (`dict[str, float]`): nats by unit; empty where the allocation reads none and none were given.
+        module_scores (`dict[str, float]`): nats by module, where unit scores were combined from them.
+        ratios (`dict[str, float]`): fraction of channels removed, by unit.
+        kept (`dict[str, list[int]]`): channels kept, by unit: increasing indices into the model that was planned on.
+        before, after (`dict[str, int]`): `"macs"` per image and `"params"` of the model before and after.
+        achieved (`dict[str, float]`): fractions kept, `after / before`.
+        example_shape (`tuple[int, ...]`): shape of one input batch, `[1, 3, H, W]`.
+        sensitivity (`dict`, *optional*): `settings`, `per_set` scores and mean `spearman` of the sets, where measured.
+        versions (`dict[str, str]`): of the libraries that made the plan.
+        weights_sha256 (`str`): of the weights that were planned on.
+
+    Raises:
+        ValueError: If the fields contradict each other, such as kept indices outside a unit.
+    """
+
+    target: float
+    target_metric: str
+    allocation: str
+    combine: str
+    importance: str
+    max_ratio: float
+    min_channels: int
+    round_to: int
+    ignore: tuple[str, ...]
+    seed: int
+    units: tuple[PruningUnit, ...]
+    scores: dict[str, float]
+    module_scores: dict[str, float]
+    ratios: dict[str, float]
+    kept: dict[str, list[int]]
+    before: dict[str, int]
+    after: dict[str, int]
+    achieved: dict[str, float]
+    example_shape: tuple[int, ...]
+    sensitivity: dict[str, Any] | None
+    versions: dict[str, str]
+    weights_sha256: str
+
+    def __post_init__(self) -> None:
+        widths = {unit.name: unit.width for unit in self.units}
+        if len(widths) != len(self.units):
+            raise ValueError("units: two units have one name.")
+        for key in ("kept", "ratios"):
+            if set(getattr(self, key)) != set(widths):
+                raise ValueError(f"{key}: must name every unit once: {', '.join(widths)}.")
+        for name, indices in self.kept.items():
+            if not indices or any(not _is_int(index) for index in indices) or list(indices) != sorted(set(indices)):
+                raise ValueError(f"kept: unit {name!r} needs a non-empty list of increasing integers.")
+            if indices[0] < 0 or indices[-1] >= widths[name]:
+                raise ValueError(f"kept: unit {name!r} has channels 0 to {widths[name] - 1} only.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON-ready values."""
+        return {"format_version": FORMAT_VERSION} | json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, source: str = "pruning plan") -> "PruningPlan":
+        """
+        Make a plan of what [`PruningPlan.to_dict`] gave.
+
+        Args:
+            values (`Mapping[str, Any]`): all keys, and no other.
+            source (`str`, *optional*, defaults to `"pruning plan"`): what error messages call it.
+
+        Raises:
+            ValueError: With `source` and the key at fault.
+        """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{source}: a JSON object is needed, not {type(values).__name__}.")
+        version = values.get("format_version")
+        if version != FORMAT_VERSION or isinstance(version, bool):
+            raise ValueError(
+                f"{source}: format_version is {version!r}; this version of hf_mrpf reads {FORMAT_VERSION}. "
+                "Make the plan again with plan_pruning."
+            )
+        given = {key: value for key, value in values.items() if key != "format_version"}
+        names = [field.name for field in fields(cls)]
+        if unknown := sorted(set(given) - set(names)):
+            raise ValueError(f"{source}: unknown key {unknown[0]!r}; known keys: {', '.join(names)}.")
+        for name in names:
+            if name not in given:
+                raise ValueError(f"{source}: key {name!r} is missing.")
+            what, fits = _FIELD_TYPES[name]
+            if not fits(given[name]):
+                raise ValueError(f"{source}: key {name!r} must be {what}.")
+        try:
+            return cls(
+                **given
+                | {
+                    "units": tuple(
+                        PruningUnit(**unit | {"members": tuple(unit["members"])}) for unit in given["units"]
+                    ),
+                    "ignore": tuple(given["ignore"]),
+                    "example_shape": tuple(given["example_shape"]),
+                }
+            )
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+
+    def save(self, path: str | Path) -> Path:
+        """Write the plan as JSON to the file `path`, whose folder exists; returns the path."""
+        path = Path(path)
+        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "PruningPlan":
+        """
+        Read a plan that [`PruningPlan.save`] wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: With the file and the key at fault.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: this is no JSON file ({error}).") from error
+        return cls.from_dict(values, source=str(path))
+
+
+def check_fits(plan: PruningPlan, graph: UnitGraph) -> None:
+    """Refuse a plan that was made for other units: a ValueError that names the first difference."""
+    planned = {unit.name: (unit.width, unit.members) for unit in plan.units}
+    present = {unit.name: (unit.width, unit.members) for unit in graph.units}
+    for name in planned | present:
+        if planned.get(name) != present.get(name):
+            raise ValueError(
+                f"the plan is not for this model: unit {name!r} is {_describe(planned.get(name))} in the plan and "
+                f"{_describe(present.get(name))} in the model. Plan again with plan_pruning on this model."
+            )
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of a model's state dict, in the order of names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _describe(unit: tuple[int, tuple[str, ...]] | None) -> str:
+    return "absent" if unit is None else f"{unit[0]} channels wide with members {', '.join(unit[1])}"
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _mapping_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, Mapping) and all(isinstance(k, str) and fits(v) for k, v in value.items())
+
+
+def _list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list | tuple) and all(fits(entry) for entry in value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_unit(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and set(value) == {field.name for field in fields(PruningUnit)}
+        and _is_text(value["name"])
+        and value["kind"] == "channels"
+        and _is_int(value["width"])
+        and value["width"] > 0
+        and _list_of(_is_text)(value["members"])
+        and _is_int(value["cost"])
+    )
+
+
+_TEXT = ("a string", _is_text)
+_NUMBER = ("a number", _is_number)
+_INTEGER = ("an integer", _is_int)
+_NUMBERS = ("an object of numbers", _mapping_of(_is_number))
+_INTEGERS = ("an object of integers", _mapping_of(_is_int))
+_FIELD_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "target": _NUMBER,
+    "target_metric": _TEXT,
+    "allocation": _TEXT,
+    "combine": _TEXT,
+    "importance": _TEXT,
+    "max_ratio": _NUMBER,
+    "min_channels": _INTEGER,
+    "round_to": _INTEGER,
+    "ignore": ("a list of strings", _list_of(_is_text)),
+    "seed": _INTEGER,
+    "units": ("a list of units (name, kind 'channels', width, members, cost)", _list_of(_is_unit)),
+    "scores": _NUMBERS,
+    "module_scores": _NUMBERS,
+    "ratios": _NUMBERS,
+    "kept": ("an object of lists of integers", _mapping_of(_list_of(_is_int))),
+    "before": _INTEGERS,
+    "after": _INTEGERS,
+    "achieved": _NUMBERS,
+    "example_shape": (
+        "four positive integers",
+        lambda shape: _list_of(_is_int)(shape) and len(shape) == 4 and min(shape) > 0,
+    ),
+    "sensitivity": ("an object or null", lambda value: value is None or isinstance(value, Mapping)),
+    "versions": ("an object of strings", _mapping_of(_is_text)),
+    "weights_sha256": _TEXT,
+}

@@ -1,0 +1,137 @@
+"""Importances against short formulas written here, and the traps of torch-pruning's classes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pruning_reference import ConcatFlatten, narrow_resnet
+from torch import nn
+
+from hf_mrpf.importance import IMPORTANCES, get_importance
+from hf_mrpf.units import trace_units
+
+
+class Chain(nn.Module):
+    """conv -> norm -> relu -> pool -> hidden -> classes"""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.norm = nn.BatchNorm2d(6)
+        self.hidden = nn.Linear(6, 7)
+        self.classes = nn.Linear(7, 4)
+
+    def forward(self, images):
+        return self.classes(torch.relu(self.hidden(torch.relu(self.norm(self.conv(images))).mean((2, 3)))))
+
+
+def traced(model, size=8):
+    return trace_units(model, torch.rand(1, 3, size, size)).groups
+
+
+def sums(weights_by_channel):
+    total = sum(weights_by_channel) / len(weights_by_channel)
+    return total / total.mean()
+
+
+def rows(tensors, weight, norm, following):
+    """Per-channel sums over the convolution's rows, the norm's weights and the next layer's columns."""
+    return sums([tensors[weight].flatten(1).sum(1), tensors[norm], tensors[following].sum(0)])
+
+
+def test_magnitude_is_the_mean_squared_norm_of_all_that_a_channel_touches():
+    model = Chain()
+    torch.nn.init.uniform_(model.norm.weight)
+    squares = {name: parameter.detach() ** 2 for name, parameter in model.named_parameters()}
+    scores = IMPORTANCES["magnitude"](model, traced(model), (), 0)
+    torch.testing.assert_close(scores["conv"], rows(squares, "conv.weight", "norm.weight", "hidden.weight"))
+    torch.testing.assert_close(
+        scores["hidden"], sums([squares["hidden.weight"].sum(1), squares["classes.weight"].sum(0)])
+    )
+
+
+def test_taylor_reads_the_mean_gradient_over_all_batches():
+    model = Chain().eval()
+    images, labels = torch.rand(7, 3, 8, 8), torch.randint(4, (7,))
+    parameters = dict(model.named_parameters())
+    gradients = torch.autograd.grad(F.cross_entropy(model(images), labels), list(parameters.values()))
+    products = {
+        name: (parameter * gradient).abs().detach()
+        for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
+    }
+    batches = [(images[:5], labels[:5]), (images[5:], labels[5:])]
+    scores = IMPORTANCES["taylor"](model, traced(model), batches, 0)
+    # torch-pruning leaves the norm out here.
+    expected = sums([products["conv.weight"].flatten(1).sum(1), products["hidden.weight"].sum(0)])
+    torch.testing.assert_close(scores["conv"], expected)
+
+
+def test_hessian_averages_squared_gradients_of_every_single_image():
+    model = Chain().eval()
+    images, labels = torch.rand(6, 3, 8, 8), torch.randint(4, (6,))
+    parameters = dict(model.named_parameters())
+    squares = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    for image, label in zip(images, labels, strict=True):
+        loss = F.cross_entropy(model(image[None]), label[None])
+        for name, gradient in zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True):
+            squares[name] += gradient**2 / len(images)
+    products = {name: (parameter**2 * squares[name]).detach() for name, parameter in parameters.items()}
+    batches = [(images[:4], labels[:4]), (images[4:], labels[4:])]
+    scores = IMPORTANCES["hessian"](model, traced(model), batches, 0)
+    torch.testing.assert_close(scores["conv"], rows(products, "conv.weight", "norm.weight", "hidden.weight"))
+
+
+def test_lamp_orders_channels_as_magnitude_does_and_gives_the_largest_one():
+    model = Chain()
+    groups = traced(model)
+    lamp, magnitude = (IMPORTANCES[name](model, groups, (), 0) for name in ("lamp", "magnitude"))
+    for unit in groups:
+        assert torch.equal(lamp[unit].argsort(), magnitude[unit].argsort())
+        assert lamp[unit].max().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_random_is_seeded_and_leaves_the_random_state():
+    model = Chain()
+    groups, state = traced(model), torch.get_rng_state()
+    first, again, other = (IMPORTANCES["random"](model, groups, (), seed) for seed in (3, 3, 4))
+    assert torch.equal(first["conv"], again["conv"]) and not torch.equal(first["conv"], other["conv"])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", IMPORTANCES)
+@pytest.mark.parametrize("build", [narrow_resnet, ConcatFlatten])
+def test_every_importance_gives_one_finite_score_a_channel(name, build):
+    model, size = build().train(), 8 if build is ConcatFlatten else 32
+    model.requires_grad_(False)
+    keep = next(model.parameters())
+    keep.grad = torch.ones_like(keep)
+    graph = trace_units(model, torch.rand(1, 3, size, size))
+    batches = [(torch.rand(3, 3, size, size), torch.tensor([0, 1, 2]))]
+    scores = IMPORTANCES[name](model, graph.groups, batches, 0)
+    assert {unit.name: unit.width for unit in graph.units} == {unit: len(score) for unit, score in scores.items()}
+    assert all(score.isfinite().all() for score in scores.values())
+    # Gradients and flags are borrowed and given back.
+    assert torch.equal(keep.grad, torch.ones_like(keep))
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert all(module.training for module in model.modules())
+
+
+def test_a_unit_of_zeros_has_no_preference_and_nan_is_refused():
+    model = Chain()
+    for parameter in (model.conv.weight, model.norm.weight, model.hidden.weight):
+        torch.nn.init.zeros_(parameter)
+    assert torch.equal(IMPORTANCES["magnitude"](model, traced(model), (), 0)["conv"], torch.zeros(6))
+    model.classes.weight.data[0, 0] = float("inf")
+    with pytest.raises(ValueError, match="importance of unit 'hidden' is not finite"):
+        IMPORTANCES["magnitude"](model, traced(model), (), 0)
+
+
+@pytest.mark.parametrize("name", ["taylor", "hessian"])
+def test_gradients_need_images(name):
+    model = Chain()
+    with pytest.raises(ValueError, match=f"importance '{name}' needs images"):
+        IMPORTANCES[name](model, traced(model), (), 0)
+
+
+def test_unknown_importances_are_refused():
+    with pytest.raises(ValueError, match="importance is 'l1'; known importances: magnitude, random, taylor"):
+        get_importance("l1")

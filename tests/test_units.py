@@ -1,0 +1,184 @@
+"""Units of coupled channels, what they cost, and the refusal of whatever cannot be pruned rightly."""
+
+import pytest
+import timm
+import torch
+from pruning_reference import NETWORKS, ConcatFlatten, narrow_bottleneck, narrow_resnet
+from torch import nn
+
+from hf_mrpf.architectures import known_layers, refresh
+from hf_mrpf.efficiency import count_macs, count_parameters
+from hf_mrpf.units import pruning_units, trace_units
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_analytic_size_is_the_measured_one(network):
+    build, size = NETWORKS[network]
+    model, example = build(), torch.rand(2, 3, size, size)
+    measured = {"macs": count_macs(model, example), "params": count_parameters(model)}
+    assert trace_units(model, example).size({}) == measured
+
+
+def test_the_units_of_a_bottleneck_network():
+    units = {unit.name: unit for unit in pruning_units(narrow_bottleneck(), torch.rand(1, 3, 32, 32))}
+    stream = units["layer3.0.conv3"]
+    assert stream.members == ("layer3.0.conv3", "layer3.0.downsample.0", "layer3.1.conv3")
+    assert (stream.kind, stream.width) == ("channels", 128)
+    assert units["layer1.0.conv2"].members == ("layer1.0.conv2",)
+    assert list(units)[0] == "conv1" and not any("fc" in unit.members for unit in units.values())
+
+
+def test_the_cost_of_a_unit_is_what_touches_it():
+    units = {unit.name: unit for unit in pruning_units(ConcatFlatten(), torch.rand(1, 3, 8, 8))}
+    assert [unit.width for unit in units.values()] == [8, 12, 16, 24]
+    # Own products at 8x8 positions, then the eight of twenty inputs of the next layer at 4x4.
+    assert units["left"].cost == 64 * 9 * 3 * 8 + 16 * 9 * 8 * 16
+    assert units["mix"].cost == 16 * 9 * 20 * 16 + 256 * 24
+    assert units["hidden"].cost == 256 * 24 + 24 * 5
+
+
+def test_concatenation_shifts_and_flatten_repeats_positions():
+    slots = trace_units(ConcatFlatten(), torch.rand(1, 3, 8, 8)).slots
+    right = {(slot.layer, slot.side): slot.positions for slot in slots["right"]}
+    assert right["right", "out"][3] == (3,)
+    assert right["norm", "both"][3] == right["mix", "in"][3] == (11,)
+    hidden = {slot.layer: slot.positions for slot in slots["mix"]}["hidden"]
+    assert hidden[2] == tuple(range(32, 48))
+
+
+def test_tracing_leaves_the_model_and_the_random_state_as_they_were():
+    model = narrow_resnet().train()
+    model.layer2.eval()
+    model.conv1[0].weight.requires_grad_(False)
+    modes = [module.training for module in model.modules()]
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    with torch.no_grad():
+        pruning_units(model, torch.zeros(1, 3, 32, 32))
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert modes == [module.training for module in model.modules()]
+    assert flags == [parameter.requires_grad for parameter in model.parameters()]
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "culprit"),
+    [
+        ("levit_128s", 224, r"timm\.models\.levit\.Attention\) is attention"),
+        ("nest_tiny", 224, r"timm\.models\.nest\.Attention\) is attention"),
+        ("swinv2_tiny_window8_256", 256, r"timm\.models\.swin_transformer_v2\.WindowAttention\) is attention"),
+        ("vit_tiny_patch16_224", 224, r"timm\.layers\.attention\.Attention\) is attention"),
+        ("mobilevitv2_050", 64, r"mobilevit.*\.LinearSelfAttention\) is attention|LinearSelfAttention\) is attention"),
+        ("xcit_nano_12_p16_224", 224, r"timm\.models\.cait\.ClassAttn\) is attention"),
+        ("resnext50_32x4d", 64, r"torch\.nn\.modules\.conv\.Conv2d\) is a convolution of 32 groups"),
+        ("convnext_atto", 64, r"timm\.layers\.norm\.LayerNorm2d\) holds parameters \(weight, bias\)"),
+        ("ecaresnet26t", 64, r"torch\.nn\.modules\.conv\.Conv1d\) holds parameters \(weight\)"),
+        ("resnetblur18", 64, r"timm\.layers\.blur_pool\.BlurPool2d\) multiplies matrices or convolves"),
+        ("res2net50_14w_8s", 64, r"sees its channels mixed"),
+    ],
+)
+def test_what_cannot_be_pruned_rightly_is_refused_by_its_full_name(name, size, culprit):
+    model = timm.create_model(name, num_classes=10)
+    with pytest.raises(ValueError, match=culprit) as error:
+        pruning_units(model, torch.rand(1, 3, size, size))
+    assert "refused rather than pruned wrongly" in str(error.value) and "architectures.py" in str(error.value)
+
+
+class Mixing(nn.Module):
+    """Products of channels with channels, without any parameter or class name that would show it."""
+
+    def forward(self, features):
+        flat = features.flatten(2)
+        return (flat @ flat.transpose(1, 2)).softmax(-1).matmul(flat).reshape(features.shape)
+
+
+class Shuffle(nn.Module):
+    def forward(self, features):
+        n, c, h, w = features.shape
+        return features.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+def test_nameless_attention_is_refused():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Mixing(), nn.Conv2d(8, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(ValueError, match=r"module '1' \(.*Mixing\) multiplies matrices"):
+        pruning_units(model, torch.rand(1, 3, 8, 8))
+
+
+def test_shuffled_channels_are_refused():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), Shuffle(), nn.Conv2d(8, 6, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)
+    )
+    with pytest.raises(
+        ValueError, match=r"torch\.nn\.modules\.container\.Sequential\) moves or mixes channels.*transpose"
+    ):
+        pruning_units(model, torch.rand(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda x: x * x.mean(1, keepdim=True),
+        lambda x: x.softmax(1),
+        lambda x: x.flip(1),
+        lambda x: x.roll(1, 1),
+        lambda x: torch.cat([x[:, 4:], x[:, :4]], dim=1),
+        lambda x: x.amax(1, keepdim=True) + x,
+        lambda x: x - x.sum(),
+        lambda x: x.transpose(1, 2),
+        lambda x: torch.cat(x.chunk(2, dim=1)[::-1], dim=1),
+        lambda x: torch.nn.functional.pixel_shuffle(torch.cat([x, x, x, x], dim=1), 2),
+        lambda x: torch.nn.functional.layer_norm(x.permute(0, 2, 3, 1), (8,)).permute(0, 3, 1, 2),
+    ],
+)
+def test_operations_that_mix_or_move_channels_are_refused(mix):
+    class Mixes(nn.Module):
+        def forward(self, features):
+            return mix(features)
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Mixes(), nn.Conv2d(8, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(ValueError, match="moves or mixes channels between its layers"):
+        pruning_units(model, torch.rand(1, 3, 8, 8))
+
+
+def test_a_subclass_of_a_known_layer_is_refused():
+    class Standardised(nn.Conv2d):
+        pass
+
+    with pytest.raises(ValueError, match=r"module '0' \(.*Standardised\) holds parameters"):
+        known_layers(nn.Sequential(Standardised(3, 8, 3)))
+
+
+def test_a_convolutional_head_belongs_to_no_unit():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert [unit.name for unit in pruning_units(model, torch.rand(1, 3, 8, 8))] == ["0"]
+
+
+@pytest.mark.parametrize("example", [torch.rand(3, 8, 8), torch.rand(0, 3, 8, 8), "image"])
+def test_a_wrong_example_is_refused(example):
+    with pytest.raises(ValueError, match=r"at least one image \[N, 3, H, W\] is needed"):
+        pruning_units(ConcatFlatten(), example)
+
+
+@pytest.mark.parametrize("network", ["resnet", "vgg", "mobilenet"])
+def test_refresh_takes_sizes_from_shapes_so_that_heads_can_be_made_anew(network):
+    from hf_mrpf.pruning import plan_pruning, prune
+
+    build, size = NETWORKS[network]
+    model, images = build().eval(), torch.rand(2, 3, size, size)
+    prune(model, plan_pruning(model, images, allocation="uniform", target=0.4))
+    assert model.num_features == model.forward_features(images).shape[1]
+    assert (
+        model.head_hidden_size
+        == model.get_classifier().in_features
+        == model.forward_head(model.forward_features(images), pre_logits=True).shape[1]
+    )
+    model.reset_classifier(3)
+    assert model(images).shape == (2, 3)
+
+
+def test_refresh_leaves_other_networks_alone():
+    model = ConcatFlatten()
+    assert refresh(model) is model
