@@ -293,12 +293,12 @@ def _lengths(images: Tensor) -> Tensor:
 
 
 def _step_linf(adversarial: Tensor, gradient: Tensor, images: Tensor, attack: AttackConfig) -> None:
-    adversarial.add_(gradient.sign_(), alpha=attack.step)
+    adversarial.add_(gradient.sign(), alpha=attack.step)
     adversarial.clamp_(images - attack.eps, images + attack.eps).clamp_(0, 1)
 
 
 def _step_l2(adversarial: Tensor, gradient: Tensor, images: Tensor, attack: AttackConfig) -> None:
-    adversarial.add_(gradient.div_(_lengths(gradient)), alpha=attack.step).sub_(images)
+    adversarial.add_(gradient / _lengths(gradient), alpha=attack.step).sub_(images)
     adversarial.mul_((attack.eps / _lengths(adversarial)).clamp_max(1)).add_(images).clamp_(0, 1)
 
 

@@ -148,7 +148,7 @@ class CardInfo:
     def __post_init__(self) -> None:
         if self.rows and not self.dataset_id:
             raise ValueError("rows are figures on a data set; give dataset_id (a Hub id, or a short name).")
-        for name in ("base_model", "repo_id", "dataset_id"):
+        for name in ("base_model", "repo_id"):
             value = getattr(self, name)
             if value is not None and not HUB_ID.fullmatch(value):
                 raise ValueError(f"{name} is {value!r}; it must look like a Hub id (owner/name), and be no path.")

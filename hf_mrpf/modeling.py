@@ -157,7 +157,6 @@ class PrunedForImageClassification(PreTrainedModel):
     input_modalities = ["image"]  # noqa: RUF012
     accepts_loss_kwargs = False
     _supports_sdpa = True
-    _keep_in_fp32_modules_strict = {"image_mean", "image_std"}  # noqa: RUF012
 
     config: PrunedConfig
     backbone: nn.Module

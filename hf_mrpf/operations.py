@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 # The layers' own operations; that every product belongs to a known layer is checked by counting.
 _LAYERS = {"convolution", "cudnn_convolution", "mkldnn_convolution", "linear", "addmm", "mm", "t"}
@@ -37,6 +38,8 @@ class ChannelWatch(TorchDispatchMode):
     """
     Notes every operation, run inside the context, that may move or mix channels (dimension 1).
 
+    Only tensors that require a gradient are watched: with all parameters trainable, those that depend on a layer.
+
     Attributes:
         found (`list[str]`): their names, in the order in which they ran.
     """
@@ -49,8 +52,8 @@ class ChannelWatch(TorchDispatchMode):
         output = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         known = _LAYERS | _NORMS | _COPIES | _POINTWISE
-        factory = not any(isinstance(value, Tensor | list | tuple) for value in args[:1])
-        if not (factory or name in known or torch.Tag.pointwise in func.tags or _stays(name, args, output)):
+        watched = any(isinstance(value, Tensor) and value.requires_grad for value in tree_leaves(args))
+        if watched and not (name in known or torch.Tag.pointwise in func.tags or _stays(name, args, output)):
             self.found.append(name)
         return output
 
@@ -62,8 +65,7 @@ def _stays(name: str, args: tuple, output: Any) -> bool:
         return axis % args[0][0].ndim == 1
     before = args[0]
     if name in _REDUCTIONS:
-        axes = args[1] if len(args) > 1 else None
-        axes = [axes] if isinstance(axes, int) else axes
+        axes = args[1] if len(args) > 1 and args[1] is not None else ()
         return bool(axes) and all(axis % before.ndim > 1 for axis in axes)
     after = output[0] if isinstance(output, tuple) else output
     if name in _SPATIAL:

@@ -14,8 +14,8 @@ from .attacks import AttackConfig, eval_mode, keyed_start, pgd_attack
 from .units import trace_units
 
 MAX_INPUTS = 8192
-# Elements of one block of image patches: 64 MB in float32.
-_BLOCK = 2**24
+# Elements of one block of image patches: 64 MB in float64.
+_BLOCK = 2**23
 
 Layer = nn.Conv2d | nn.Linear
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -199,7 +199,9 @@ def _input_moments(
         for patches in _patches(module, inputs):
             if module.bias is not None:
                 patches = torch.cat([patches, patches.new_ones(len(patches), 1)], dim=1)
-            product = (patches.T @ patches).double()
+            # Rounded to float32, a moment of many inputs would not be positive definite.
+            patches = patches.double()
+            product = patches.T @ patches
             sums[name] = sums[name].add_(product) if name in sums else product
             counts[name] += len(patches)
 

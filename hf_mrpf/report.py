@@ -97,14 +97,14 @@ class RobustnessReport:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
-        """Inverse of `to_dict`. Raises a ValueError that names the keys that are missing or unknown."""
+        """Inverse of `to_dict`; further keys, such as a run adds, are left out. A ValueError names missing ones."""
         known = {item.name for item in fields(cls)}
-        if content.keys() != known:
-            missing, unknown = sorted(known - content.keys()), sorted(content.keys() - known)
-            raise ValueError(f"This is no robustness report: missing keys {missing}, unknown keys {unknown}.")
+        if missing := sorted(known - content.keys()):
+            raise ValueError(f"This is no robustness report: missing keys {', '.join(missing)}.")
         verdicts = {name: [bit == "1" for bit in bits] for name, bits in content["verdicts"].items()}
         intervals = {name: (low, high) for name, (low, high) in content["intervals"].items()}
-        return cls(**{**content, "verdicts": verdicts, "intervals": intervals})
+        values = {name: content[name] for name in known} | {"verdicts": verdicts, "intervals": intervals}
+        return cls(**values)
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON (`robustness_report.json`)."""

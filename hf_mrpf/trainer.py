@@ -24,8 +24,9 @@ from .data import (
     with_index,
 )
 from .objectives import get_objective
-from .pruning import PruningPlan, plan_pruning, prune
-from .repair import recalibrate_batchnorm, repair
+from .plan import PruningPlan
+from .pruning import plan_pruning, prune
+from .repair import RepairReport, recalibrate_batchnorm, repair
 from .sensitivity import check_finite_weights, module_robustness_sensitivity
 
 
@@ -80,6 +81,7 @@ class MRPFTrainer(Trainer):
         self._clean_metrics = compute_metrics
         self.objective = get_objective(args.objective)
         self.pruning_report: dict[str, dict[str, Any]] = {}
+        self.repair_report: RepairReport | None = None
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: self._pixels(split) for name, split in eval_dataset.items()}
         super().__init__(
@@ -126,7 +128,8 @@ class MRPFTrainer(Trainer):
         Measures sensitivities, plans, removes channels, repairs consumers and recalibrates BatchNorm, in place.
 
         Afterwards the trainer is as new: the optimizer and the schedule are made afresh by the next `train()`. What
-        each step did to the accuracy on the validation split is in `pruning_report`.
+        each step did to the accuracy on the validation split is in `pruning_report`, and which layers the repair re-fitted
+        or left in `repair_report`.
 
         Args:
             plan ([`PruningPlan`], *optional*):
@@ -161,7 +164,7 @@ class MRPFTrainer(Trainer):
         prune(model, plan)
         self._report("removed")
         if dense is not None:
-            repair(model, dense, plan, calibration, args.attack)
+            self.repair_report = repair(model, dense, plan, calibration, args.attack, seed=args.seed)
             self._report("repaired")
         if args.recalibration_samples:
             size = min(args.recalibration_samples, len(self.train_dataset))

@@ -246,7 +246,7 @@ def _measure(model: nn.Module, example: Tensor, kinds: Mapping[str, str]) -> dic
         handles.append(modules[name].register_forward_hook(count))
     counter, watch = FlopCounterMode(display=False), ChannelWatch()
     try:
-        with torch.no_grad(), counter, watch:
+        with torch.enable_grad(), _all_trainable(model), counter, watch:
             model(example)
     finally:
         for handle in handles:

@@ -1,6 +1,7 @@
 """Allocations as pure functions: target, clamps, monotonicity, and refusals."""
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -128,7 +129,7 @@ def test_measured_sizes_are_met_although_they_are_not_linear(count, target, seed
 
     def size(kept):
         chain = [3, *(kept[name] for name in widths), 10]
-        return sum(a * b for a, b in zip(chain, chain[1:], strict=False))
+        return sum(a * b for a, b in pairwise(chain))
 
     def widths_at(nominal):
         return {name: nearest_width(options[name], nominal * width) for name, width in widths.items()}

@@ -17,6 +17,7 @@ FLOORS = {
     "run_folder": 0,
     "report": 0,
     "pixels": 0,
+    "operations": 0,
     "results": 1,
     "plan": 2,
     "compression": 4,

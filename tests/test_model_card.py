@@ -184,6 +184,8 @@ def test_info_survives_json(info):
 def test_info_refuses_paths_and_figures_without_data(info):
     with pytest.raises(ValueError, match=r"base_model is '/home/x/dense'; it must look like a Hub id"):
         replace(info, base_model="/home/x/dense")
+    local = replace(info, dataset_id="my own data", dataset_on_hub=False)
+    assert ModelCard(str(render_card(local))).data.datasets is None
     with pytest.raises(ValueError, match="give dataset_id"):
         replace(info, dataset_id=None)
 

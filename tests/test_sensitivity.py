@@ -85,6 +85,10 @@ def naive_mrs(net, images, labels, weight, gamma, steps):
 # --- values ---
 
 
+def test_steps_of_each_method():
+    assert METHODS == {"ascent": 3, "exact": 10, "first_order": 0}
+
+
 @pytest.mark.parametrize("method", ["ascent", "exact"])
 def test_equals_the_naive_reference(net, method):
     ((images, labels),) = calibration()
@@ -361,6 +365,15 @@ def test_passes_are_counted_and_none_is_wasted(net):
         # `unused` has no gradient and takes no pass.
         assert settings["forwards"] == 2 * (ATTACK.num_steps + 1 + 4 * steps)
         assert settings["backwards"] == 2 * (ATTACK.num_steps + 1 + 4 * max(steps - 1, 0))
+
+
+def test_only_the_perturbed_weight_takes_a_gradient(net):
+    """Else every pass would keep the activations of the whole network for its backward."""
+    taking = []
+    net.register_forward_pre_hook(lambda *_: taking.append([n for n, p in net.named_parameters() if p.requires_grad]))
+    module_robustness_sensitivity(net, calibration(), AttackConfig(eps=0))
+    each = [[[f"{name}.weight"], [f"{name}.weight"], []] for name in SCORED if name != "unused"]
+    assert taking == [[f"{name}.weight" for name in SCORED], *(names for module in each for names in module)]
 
 
 def test_settings_are_complete_and_json(net):
