@@ -71,7 +71,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Folder or Hub id of a model of this library, a timm name (timm/resnet18), or a transformers id; "
-            "a narrow ResNet of about 0.2 M parameters if not given."
+            "a narrow ResNet if not given."
         },
     )
     model_revision: str | None = field(default=None, metadata={"help": "Revision of the model on the Hub."})

@@ -12,6 +12,7 @@ its parent. The result is a folder that `AutoModelForImageClassification.from_pr
 
 import copy
 import dataclasses
+import json
 import shlex
 import shutil
 import sys
@@ -48,20 +49,20 @@ from hf_mrpf.results import ResultRow, results_table
 from hf_mrpf.run_folder import RunFolder, read_json, write_json
 
 ATTACKS = ("clean", "fgsm", "pgd20", "cw")
-# About 0.16 M parameters with these channels; the stem has 2 * stem_width of them.
-NARROW_RESNET = {
-    "model_name_or_path": "timm/resnet18",
-    "small_images": True,
-    "backbone_kwargs": '{"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 64], "stem_type": "deep", "stem_width": 8}',
-}
+# A ResNet of one block a stage; its stem has 2 * stem_width channels. About 0.3 M parameters.
+NARROW_RESNET = {"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 128], "stem_type": "deep", "stem_width": 8}
 # The embedded digits: eps at which a normally trained net fails, and a few minutes on two cores.
 DIGITS = {
     "output_dir": "outputs/digits",
+    "backbone_kwargs": json.dumps(NARROW_RESNET | {"channels": [16, 32, 32, 32]}),  # 59 k parameters
     "eps": 0.2,
-    "control_epochs": 10.0,
+    "num_steps": 5,
+    "learning_rate": 0.2,
+    "per_device_train_batch_size": 32,
+    "crop_padding": 1,
+    "control_epochs": 8.0,
     "base_epochs": 30.0,
-    "num_train_epochs": 15.0,
-    "per_device_train_batch_size": 64,
+    "num_train_epochs": 12.0,
 }
 EVERY_RUN = {
     "eval_strategy": "epoch",
@@ -79,13 +80,17 @@ def parse_arguments():
     parser = GroupedParser(groups, description=__doc__.split("\n\n")[0])
     parser.set_defaults(**EVERY_RUN)
     known, _ = parser.parse_known_args()
-    if known.dataset_name is None:
-        # A model that was named may be trained already: whether the base is trained then follows from it.
-        parser.set_defaults(**DIGITS if known.model_name_or_path is None else DIGITS | {"base_epochs": None})
-    else:
-        parser.set_defaults(output_dir=f"outputs/{Path(known.dataset_name).name}")
     if known.model_name_or_path is None:
-        parser.set_defaults(**NARROW_RESNET)
+        parser.set_defaults(
+            model_name_or_path="timm/resnet18", small_images=True, backbone_kwargs=json.dumps(NARROW_RESNET)
+        )
+    if known.dataset_name is not None:
+        parser.set_defaults(output_dir=f"outputs/{Path(known.dataset_name).name}")
+    elif known.model_name_or_path is None:
+        parser.set_defaults(**DIGITS)
+    else:
+        # A model that was named may be trained already: whether its base is trained follows from it.
+        parser.set_defaults(**DIGITS | {"backbone_kwargs": None, "base_epochs": None})
     return parser.parse_args_into_dataclasses()
 
 
