@@ -10,6 +10,9 @@ from typing import Any
 
 from .modeling import PrunedConfig, PrunedForImageClassification
 
+# Not on first use: loading the submodule later would put it in the place of the function of the same name.
+from .repair import recalibrate_batchnorm, repair
+
 __version__ = "0.1.0"
 
 _LAZY = {
@@ -26,14 +29,14 @@ _LAZY = {
     "objectives": ("OBJECTIVES", "ObjectiveOutput"),
     "plan": ("PruningPlan",),
     "pruning": ("plan_pruning", "prune"),
-    "repair": ("recalibrate_batchnorm", "repair"),
     "sensitivity": ("SensitivityResult", "module_robustness_sensitivity", "unit_sensitivity"),
     "trainer": ("MRPFTrainer",),
     "units": ("PruningUnit", "pruning_units"),
 }
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 
-__all__ = sorted([*_HOME, "PrunedConfig", "PrunedForImageClassification"])
+__all__ = ["PrunedConfig", "PrunedForImageClassification", "recalibrate_batchnorm", "repair"]
+__all__ += _HOME
 
 
 def __getattr__(name: str) -> Any:

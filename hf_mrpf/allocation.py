@@ -192,18 +192,11 @@ def meet_target(
         for name in large
         for rank, width in enumerate(sorted((w for w in options[name] if small[name] <= w < large[name]), reverse=True))
     )
-    best, gap = dict(large), size(large) - wanted
-    current, blocked = dict(large), set()
+    current = best = large
     for _, _, name, width in steps:
-        excess = size(current | {name: width}) - wanted
-        if name in blocked:
-            continue
-        if abs(excess) < abs(gap):
-            best, gap = current | {name: width}, excess
-        if excess >= 0:
-            current[name] = width
-        else:
-            blocked.add(name)
+        current = current | {name: width}
+        if abs(size(current) - wanted) < abs(size(best) - wanted):
+            best = current
     return _nudged(size, options, best, wanted)
 
 

@@ -122,7 +122,7 @@ class GroupedParser(HfArgumentParser):
         self._title = titles.get(dtype)
         super()._add_dataclass_arguments(dtype)
 
-    def _parse_dataclass_field(self, parser, field):
+    def _parse_dataclass_field(self, parser, field):  # type: ignore[override]
         if field.name in FRACTIONS:
             field.type = number
         HfArgumentParser._parse_dataclass_field(self._option_groups[self._title or self._subject(field.name)], field)
@@ -217,8 +217,12 @@ def report_errors(main: Callable[[], None]) -> None:
 
 
 def build_model(arguments: ModelArguments, data: ImageData, **defaults: Any) -> PrunedForImageClassification:
-    """The dense (or already pruned) model the options name, with the classes of the data set."""
+    """The dense (or already pruned) model that the options name, with the classes of the data set."""
     name = arguments.model_name_or_path
+    if name is None:
+        raise ValueError(
+            "--model_name_or_path is missing; give a timm name such as timm/resnet18, or a model's folder."
+        )
     if is_own_checkpoint(name, arguments.model_revision):
         model = PrunedForImageClassification.from_pretrained(name, revision=arguments.model_revision)
         if model.config.num_labels != len(data.class_names):

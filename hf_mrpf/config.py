@@ -12,11 +12,11 @@ from .attacks import AttackConfig
 from .importance import IMPORTANCES
 from .objectives import OBJECTIVES
 from .sensitivity import COMBINERS, METHODS
+from .units import METRICS
 
 ADAM_LEARNING_RATE = 1e-3
 SGD_LEARNING_RATE = 0.05
 SGD_ARGUMENTS = "momentum=0.9,nesterov=true"
-TARGET_METRICS = ("macs", "params")
 
 
 def _known(name: str, value: str, known: Any) -> None:
@@ -136,8 +136,8 @@ class MRPFConfig(TrainingArguments):
     optim_args: str | None = field(
         default=None, metadata={"help": f"Arguments of the optimizer; {SGD_ARGUMENTS} for sgd if not given."}
     )
-    learning_rate: float | None = field(
-        default=None,
+    learning_rate: float = field(
+        default=None,  # type: ignore[assignment]  # known once the optimizer is
         metadata={"help": f"Peak learning rate; {SGD_LEARNING_RATE} for sgd, {ADAM_LEARNING_RATE} else, if not given."},
     )
     weight_decay: float = field(default=5e-4, metadata={"help": "Weight decay."})
@@ -177,7 +177,7 @@ class MRPFConfig(TrainingArguments):
         _known("importance", self.importance, IMPORTANCES)
         _known("combine", self.combine, (*COMBINERS, "joint"))
         _known("sensitivity_method", self.sensitivity_method, METHODS)
-        _known("target_metric", self.target_metric, TARGET_METRICS)
+        _known("target_metric", self.target_metric, METRICS)
         if not (isinstance(self.target, float | int) and 0 < self.target < 1):
             raise ValueError(
                 f"target={self.target} is not a fraction kept in (0, 1): 0.5 keeps half of the {self.target_metric}."

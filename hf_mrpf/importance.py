@@ -72,7 +72,7 @@ def taylor(model: nn.Module, groups: Mapping[str, "Group"], batches: Batches, se
         for images, labels in batches:
             F.cross_entropy(logits_of(model(images)), labels, reduction="sum").backward()
             count += len(labels)
-        _divide(parameters, count, "taylor")
+        _complete(parameters, count, "taylor")
         return _score(GroupTaylorImportance(), groups)
 
 
@@ -99,7 +99,7 @@ def hessian(model: nn.Module, groups: Mapping[str, "Group"], batches: Batches, s
         # The class's own accumulate_grad keeps only the last image; it reads means of squares from .grad as well.
         for parameter, square in zip(parameters, squares, strict=True):
             parameter.grad = square
-        _divide(parameters, count, "hessian")
+        _complete(parameters, count, "hessian")
         return _score(GroupHessianImportance(), groups)
 
 
@@ -123,12 +123,13 @@ def _score(importance: "Importance", groups: Mapping[str, "Group"]) -> dict[str,
     return scores
 
 
-def _divide(parameters: list[nn.Parameter], count: int, name: str) -> None:
+def _complete(parameters: list[nn.Parameter], count: int, name: str) -> None:
+    """The classes read every weight's gradient: one that the loss does not reach has none, so make it zero."""
     if count == 0:
         raise ValueError(f"importance {name!r} needs images to take gradients on; batches are empty.")
     for parameter in parameters:
-        # The classes read every weight's gradient; one that the loss does not reach has none.
-        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad / count
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 @contextmanager

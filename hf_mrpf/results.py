@@ -65,7 +65,7 @@ class ResultRow:
 
 def results_table(rows: Sequence[ResultRow | Mapping[str, Any]]) -> str:
     """
-    The results as plain text for a terminal: the same cells as the card's table, and how they were measured.
+    The results as plain text for a terminal: the card's table without intervals, and how they were measured.
 
     Args:
         rows (`Sequence[ResultRow]`):
@@ -75,19 +75,20 @@ def results_table(rows: Sequence[ResultRow | Mapping[str, Any]]) -> str:
         `ValueError`: no rows, or rows that were measured in different ways.
     """
     known = [row if isinstance(row, ResultRow) else ResultRow.from_dict(row) for row in rows]
-    cells = table_cells(known)
+    cells = table_cells(known, intervals=False)  # they would make lines that no terminal is wide enough for
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(pairs))
         for pairs in (list(zip(line, widths, strict=True)) for line in cells)
     ]
     rule = "  ".join("-" * width for width in widths)
-    return "\n".join([lines[0].rstrip(), rule, *(line.rstrip() for line in lines[1:]), measured(known[-1])])
+    heading, *body = (line.rstrip() for line in lines)
+    return "\n".join([heading, rule, *body, measured(known[-1], intervals=False)])
 
 
-def measured(row: ResultRow) -> str:
+def measured(row: ResultRow, *, intervals: bool = True) -> str:
     """How the accuracies of a row were measured, in one sentence for each attack."""
-    text = [f"n = {row.num_samples} images, Wilson 95 % intervals, seed {row.seed}."]
+    text = [f"n = {row.num_samples} images{', Wilson 95 % intervals' if intervals else ''}, seed {row.seed}."]
     for name, used in row.settings.items():
         steps = f"{used['steps']} step{'s' if used['steps'] > 1 else ''} of {used['step_size']:.4g}"
         loss = LOSS_TITLES.get(used["loss"], used["loss"])
@@ -97,7 +98,7 @@ def measured(row: ResultRow) -> str:
     return " ".join(text)
 
 
-def table_cells(rows: Sequence[ResultRow]) -> list[list[str]]:
+def table_cells(rows: Sequence[ResultRow], *, intervals: bool = True) -> list[list[str]]:
     """The table's cells, heading first. Costs of later rows show their share of the first row's in brackets."""
     if not rows:
         raise ValueError("There are no rows to show.")
@@ -113,7 +114,7 @@ def table_cells(rows: Sequence[ResultRow]) -> list[list[str]]:
     heading += [f"ms, batch {batch}" for batch in batches] + ["file"]
     table = [heading]
     for row in rows:
-        accuracies = [accuracy_text(row, name) for name in ("clean", *attacks)]
+        accuracies = [accuracy_text(row, name, interval=intervals) for name in ("clean", *attacks)]
         costs = [_share(row.parameters, first.parameters, _amount), _share(row.macs, first.macs, _amount)]
         costs += [f"{row.latency[batch]:.3g}" if batch in row.latency else "" for batch in batches]
         costs += [_share(row.file_size, first.file_size, lambda size: f"{_amount(size)}B")]
@@ -135,10 +136,11 @@ def attack_title(name: str) -> str:
     return ATTACK_TITLES.get(name, name)
 
 
-def accuracy_text(row: ResultRow, name: str) -> str:
-    """`95.6 % [93.4, 97.1]`: accuracy and interval in percent."""
+def accuracy_text(row: ResultRow, name: str, *, interval: bool = True) -> str:
+    """`95.6 % [93.4, 97.1]`: accuracy and, if wanted, its interval in percent."""
     low, high = row.intervals[name]
-    return f"{100 * row.accuracies[name]:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+    accuracy = f"{100 * row.accuracies[name]:.1f} %"
+    return f"{accuracy} [{100 * low:.1f}, {100 * high:.1f}]" if interval else accuracy
 
 
 def _share(value: int | None, whole: int | None, show: Callable[[int], str]) -> str:

@@ -23,11 +23,12 @@ from .data import (
     stratified_subset,
     with_index,
 )
-from .objectives import get_objective
+from .objectives import Objective, get_objective
 from .plan import PruningPlan
 from .pruning import plan_pruning, prune
 from .repair import RepairReport, recalibrate_batchnorm, repair
 from .sensitivity import check_finite_weights, module_robustness_sensitivity
+from .units import pruning_units
 
 
 class SeedEachRank(TrainerCallback):
@@ -64,6 +65,8 @@ class MRPFTrainer(Trainer):
         ValueError: where weights are not finite, or a label lies outside the model's classes.
     """
 
+    args: MRPFConfig
+
     def __init__(
         self,
         model: PreTrainedModel | nn.Module,
@@ -79,7 +82,7 @@ class MRPFTrainer(Trainer):
         self._image_size = getattr(getattr(model, "config", None), "image_size", None)
         self._num_labels = getattr(getattr(model, "config", None), "num_labels", None)
         self._clean_metrics = compute_metrics
-        self.objective = get_objective(args.objective)
+        self.objective: Objective = get_objective(args.objective)
         self.pruning_report: dict[str, dict[str, Any]] = {}
         self.repair_report: RepairReport | None = None
         if isinstance(eval_dataset, dict):
@@ -115,7 +118,7 @@ class MRPFTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset=None):
         """As in `Trainer`; every image carries its index, which keys its random start in the attack."""
         if isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset[eval_dataset]
+            eval_dataset = self.eval_dataset[eval_dataset]  # type: ignore[index]
         dataset = self._pixels(eval_dataset if eval_dataset is not None else self.eval_dataset)
         if isinstance(dataset, Dataset) and "index" not in dataset.column_names:
             dataset = with_index(dataset)
@@ -128,8 +131,8 @@ class MRPFTrainer(Trainer):
         Measures sensitivities, plans, removes channels, repairs consumers and recalibrates BatchNorm, in place.
 
         Afterwards the trainer is as new: the optimizer and the schedule are made afresh by the next `train()`. What
-        each step did to the accuracy on the validation split is in `pruning_report`, and which layers the repair re-fitted
-        or left in `repair_report`.
+        each step did to the accuracy on the validation split is in `pruning_report`, and which layers the repair
+        re-fitted or left in `repair_report`.
 
         Args:
             plan ([`PruningPlan`], *optional*):
@@ -181,17 +184,25 @@ class MRPFTrainer(Trainer):
         return plan
 
     def _plan(self, model: nn.Module, calibration: list) -> PruningPlan:
-        args = self.args
-        settings = {"method": args.sensitivity_method, "gamma": args.gamma, "num_steps": args.sensitivity_steps}
-        scores = None
-        if args.allocation == "mrs" and args.combine != "joint":
+        args, example, scores = self.args, calibration[0][0][:1], None
+        if args.allocation == "mrs":
+            joint = args.combine == "joint"
+            groups = {unit.name: unit.members for unit in pruning_units(model, example)} if joint else None
             scores = module_robustness_sensitivity(
-                model, calibration, args.attack, seed=args.seed, progress=not args.disable_tqdm, **settings
+                model,
+                calibration,
+                args.attack,
+                method=args.sensitivity_method,
+                gamma=args.gamma,
+                num_steps=args.sensitivity_steps,
+                seed=args.seed,
+                groups=groups,
+                progress=not args.disable_tqdm,
             )
             self._fire("on_sensitivity_end", sensitivity=scores)
         return plan_pruning(
             model,
-            calibration[0][0][:1],
+            example,
             target=args.target,
             target_metric=args.target_metric,
             allocation=args.allocation,
@@ -204,6 +215,7 @@ class MRPFTrainer(Trainer):
             min_channels=args.min_channels,
             round_to=args.round_to,
             ignore=tuple(args.ignore),
+            seed=args.seed,
         )
 
     def _fire(self, event: str, **payload: Any) -> Any:
@@ -221,12 +233,13 @@ class MRPFTrainer(Trainer):
         if self.eval_dataset is None:
             return
         output = self.evaluation_loop(self.get_eval_dataloader(), description=step, metric_key_prefix=step)
+        metrics = output.metrics or {}
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ProgressCallback):  # closes its bar; other callbacks would take it for an epoch
                 callback.on_evaluate(self.args, self.state, self.control)
-        self.pruning_report[step] = {
-            name: output.metrics[f"{step}_{name}"] for name in ("accuracy", "robust_accuracy")
-        } | {"num_samples": output.num_samples}
+        self.pruning_report[step] = {name: metrics[f"{step}_{name}"] for name in ("accuracy", "robust_accuracy")} | {
+            "num_samples": output.num_samples
+        }
 
     def _start_afresh(self, model: nn.Module) -> None:
         """Forgets everything that points at the parameters before pruning: they are no longer the model's."""
@@ -301,7 +314,7 @@ class MRPFTrainer(Trainer):
         return (loss, None, None) if prediction_loss_only else (loss, (logits, adversarial_logits), labels)
 
     def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        logits, adversarial_logits = prediction.predictions
+        logits, adversarial_logits = prediction.predictions  # type: ignore[misc]
         correct = logits.argmax(-1) == prediction.label_ids
         robust = correct & (adversarial_logits.argmax(-1) == prediction.label_ids)
         metrics = {"accuracy": float(correct.mean()), "robust_accuracy": float(robust.mean())}
@@ -331,7 +344,7 @@ class MRPFTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # Trainer's own writes training_args.bin, a pickle.
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         if not self.args.should_save:
             return
         folder.mkdir(parents=True, exist_ok=True)

@@ -61,8 +61,8 @@ DIGITS = {
     "per_device_train_batch_size": 32,
     "crop_padding": 1,
     "control_epochs": 8.0,
-    "base_epochs": 30.0,
-    "num_train_epochs": 12.0,
+    "base_epochs": 28.0,
+    "num_train_epochs": 20.0,
 }
 EVERY_RUN = {
     "eval_strategy": "epoch",
