@@ -216,7 +216,7 @@ def report_errors(main: Callable[[], None]) -> None:
             torch.distributed.destroy_process_group()
 
 
-def build_model(arguments: ModelArguments, data: ImageData, **defaults: Any) -> PrunedForImageClassification:
+def build_model(arguments: ModelArguments, data: ImageData) -> PrunedForImageClassification:
     """The dense (or already pruned) model that the options name, with the classes of the data set."""
     name = arguments.model_name_or_path
     if name is None:
@@ -231,17 +231,18 @@ def build_model(arguments: ModelArguments, data: ImageData, **defaults: Any) -> 
                 "give a data set with the same classes, or a backbone to train from scratch."
             )
         return model
-    kwargs = dict(defaults)
-    if arguments.backbone_kwargs:
-        kwargs |= _json_object(arguments.backbone_kwargs)
+    kwargs = _json_object(arguments.backbone_kwargs) if arguments.backbone_kwargs else {}
+    # Trained weights expect the normalisation they were trained with, fresh ones the data's own.
+    timm_name = name.removeprefix("timm/")
+    fresh = not (arguments.pretrained or "/" in timm_name or "." in timm_name or Path(name).is_dir())
     return PrunedForImageClassification.from_backbone(
         name,
         id2label=dict(enumerate(data.class_names)),
         image_size=data.image_size,
         small_images=arguments.small_images,
         pretrained=arguments.pretrained,
-        image_mean=None if arguments.pretrained else data.image_mean,
-        image_std=None if arguments.pretrained else data.image_std,
+        image_mean=data.image_mean if fresh else None,
+        image_std=data.image_std if fresh else None,
         **kwargs,
     )
 
