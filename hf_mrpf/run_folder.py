@@ -108,6 +108,7 @@ class RunFolder:
                 f"{self.path} is being written by another run (pid {pid}, {self.path / LOCK_FILE}). "
                 "Wait for it, stop it, or give another --output_dir."
             ) from error
+        (self.path / LOCK_FILE).write_text(f"{os.getpid()}\n")
 
     def _open(self) -> None:
         # Checked again under the lock: another run may have written between the check and the lock.

@@ -77,7 +77,8 @@ EVERY_RUN = {
 
 def parse_arguments():
     groups = [DataArguments, ModelArguments, RunArguments, MRPFConfig]
-    parser = GroupedParser(groups, description=__doc__.split("\n\n")[0])
+    usage = "accelerate launch recipes/prune.py [options]"
+    parser = GroupedParser(groups, usage=usage, description=__doc__.split("\n\n")[0])
     parser.set_defaults(**EVERY_RUN)
     known, _ = parser.parse_known_args()
     if known.model_name_or_path is None:
