@@ -24,6 +24,7 @@ _LAZY = {
     "evaluation": ("evaluate_robustness",),
     "report": ("RobustnessReport", "paired_difference"),
     "figures": ("plot_sensitivity",),
+    "hub": ("push_folder",),
     "allocation": ("ALLOCATIONS",),
     "importance": ("IMPORTANCES",),
     "objectives": ("OBJECTIVES", "ObjectiveOutput"),
@@ -37,6 +38,17 @@ _HOME = {name: module for module, names in _LAZY.items() for name in names}
 
 __all__ = ["PrunedConfig", "PrunedForImageClassification", "recalibrate_batchnorm", "repair"]
 __all__ += _HOME
+
+
+def _push_to_hub(self: PrunedForImageClassification, repo_id: str, **options: Any) -> Any:
+    """Send the model to the Hub with a short card, see [`hf_mrpf.hub.push_model`]."""
+    from .hub import push_model
+
+    return push_model(self, repo_id, **options)
+
+
+# The modeling file travels with checkpoints and so cannot ask for the card itself; a copy pushes as transformers does.
+PrunedForImageClassification.push_to_hub = _push_to_hub  # type: ignore[method-assign,assignment]
 
 
 def __getattr__(name: str) -> Any:

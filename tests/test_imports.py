@@ -32,9 +32,10 @@ FLOORS = {
     "model_card": 3,
     "figures": 3,
     "config": 3,
-    "trainer": 4,
+    "hub": 4,
+    "trainer": 5,
     "cli": 4,
-    "__init__": 5,
+    "__init__": 6,
 }
 HEAVY = ("timm", "torch_pruning", "torchattacks", "datasets", "matplotlib", "sklearn", "transformers.trainer")
 
