@@ -2,20 +2,33 @@
 
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
+import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
-from .model_card import CardInfo, render_card
+from .efficiency import count_macs, count_parameters
+from .figures import plot_sensitivity
+from .model_card import CardInfo, PlanSummary, render_card
 from .modeling import PrunedForImageClassification
+from .plan import PruningPlan
+from .report import RobustnessReport, package_versions
+from .results import ResultRow
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 NEEDED = ("config.json", "preprocessor_config.json", "modeling.py")
 RECORD = ("pruning_plan.json", "robustness_report.json", "mrs.png", "README.md")
+# fmt: off
+SETTINGS = (
+    "objective", "beta", "norm", "eps", "num_steps", "optim", "learning_rate", "weight_decay", "lr_scheduler_type",
+    "per_device_train_batch_size", "num_train_epochs",
+)
+# fmt: on
 # Stands in the load snippet of a card that was rendered before anybody knew the id.
 PLACEHOLDER = b"FOLDER_OR_HUB_ID"
 
@@ -181,16 +194,89 @@ def push_model(
 
 def short_card(model: PrunedForImageClassification, repo_id: str | None = None) -> ModelCard:
     """The card of a model of which nothing is known but the model: it claims no figures."""
-    config = model.config
-    return render_card(
-        CardInfo(
-            model_name=repo_id.split("/")[-1] if repo_id else "model",
-            repo_id=repo_id,
-            backbone=config.backbone.get("name") or config.backbone["config"]["model_type"],
-            image_size=config.image_size,
-            class_names=[str(label) for label in (config.id2label or {}).values()],
-        )
+    return render_card(CardInfo(**_model_facts(model, repo_id)))
+
+
+def write_record(
+    folder: Path,
+    model: PrunedForImageClassification,
+    repo_id: str,
+    *,
+    plans: Sequence[PruningPlan],
+    report: RobustnessReport | None,
+    split: str,
+    settings: Mapping[str, Any],
+    pruning_steps: dict[str, dict[str, float]],
+    selection: dict[str, dict[str, float]],
+) -> None:
+    """
+    Writes what a trainer knows of its model beside the weights: plan, figure, report and card.
+
+    Files of an earlier model that this one has no counterpart of are removed.
+
+    Args:
+        folder (`Path`):
+            Folder with the saved model.
+        model ([`PrunedForImageClassification`]), repo_id (`str`):
+            The model, and the id its card gives.
+        plans (`Sequence[PruningPlan]`):
+            Those that were applied, in order; with several, the file holds `{"rounds": [...], "kept": ...}`.
+        report ([`RobustnessReport`], *optional*), split (`str`):
+            Its figures, and the split they were measured on.
+        settings (`Mapping[str, Any]`):
+            Settings of the training; those of [`SETTINGS`] are on the card.
+        pruning_steps, selection:
+            As in [`CardInfo`].
+    """
+    for name in RECORD:
+        (folder / name).unlink(missing_ok=True)
+    if plans:
+        write_plans(plans, folder / "pruning_plan.json")
+        last: Any = plans[-1]
+        plot_sensitivity(last, folder / "mrs.png")
+    row = None
+    if report is not None:
+        report.save(folder / "robustness_report.json")
+        example = torch.zeros(1, 3, model.config.image_size, model.config.image_size, device=model.device)
+        costs = {"parameters": count_parameters(model), "macs": count_macs(model, example)}
+        row = ResultRow.from_report("this model", report, **costs)
+    info = CardInfo(
+        **_model_facts(model, repo_id),
+        dataset_id=(report.data_name or "images of the user") if report else None,
+        dataset_split=split,
+        rows=[row] if row else [],
+        plan=PlanSummary.from_plan(plans[-1], rounds=len(plans)) if plans else None,
+        pruning_steps=pruning_steps,
+        selection=selection,
+        training={name: str(settings[name]) for name in SETTINGS if name in settings},
+        figure="mrs.png" if (folder / "mrs.png").is_file() else None,
+        versions=package_versions(),
+        seed=settings.get("seed"),
     )
+    render_card(info).save(folder / "README.md")
+
+
+def write_plans(plans: Sequence[PruningPlan], path: Path) -> None:
+    """Writes one plan as it is, several as `rounds` with `kept`: channels of the first dense model, by unit."""
+    if len(plans) == 1:
+        plans[0].save(path)
+        return
+    kept = dict(plans[0].kept)
+    for plan in plans[1:]:
+        kept = {unit: [before[index] for index in plan.kept[unit]] for unit, before in kept.items()}
+    content = {"rounds": [plan.to_dict() for plan in plans], "kept": kept}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _model_facts(model: PrunedForImageClassification, repo_id: str | None) -> dict[str, Any]:
+    config = model.config
+    return {
+        "model_name": repo_id.split("/")[-1] if repo_id else "model",
+        "repo_id": repo_id,
+        "backbone": config.backbone.get("name") or config.backbone["config"]["model_type"],
+        "image_size": config.image_size,
+        "class_names": [str(label) for label in (config.id2label or {}).values()],
+    }
 
 
 def _card_there(repo_id: str, revision: str | None, token: str | None) -> ModelCard | None:
@@ -239,11 +325,13 @@ def _resumable(advice: str) -> Iterator[None]:
 def _explained(repo_id: str) -> Iterator[None]:
     try:
         yield
-    except (HTTPError, OSError) as error:
+    except (HTTPError, OSError, RuntimeError) as error:  # the client wraps what ended an upload in a RuntimeError
         raise OSError(f"Pushing to {repo_id} failed: {_reason(error, repo_id)}.") from error
 
 
-def _reason(error: Exception, repo_id: str) -> str:
+def _reason(error: BaseException, repo_id: str) -> str:
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:
+        return f"{str(error).rstrip('.')}: {_reason(error.__cause__, repo_id)}"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     with_token = isinstance(error, HfHubHTTPError) and "authorization" in error.response.request.headers
     if status == 401 and not with_token:

@@ -286,5 +286,5 @@ def _public(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     value = re.sub(r"\bhf_[A-Za-z0-9]{16,}\b", "hf_***", value)
-    value = re.sub(r"(--\w*token[= ])\S+", r"\1***", value)
+    value = re.sub(r"(--[\w-]*tok\w*[= ])\S+", r"\1***", value)
     return re.sub(r"(?<![\w:/.…])(?:~|\.{1,2}|[A-Za-z]:)?(?:[/\\][\w.+@-]+)+[/\\]([\w.+@-]+)", r"…/\1", value)

@@ -42,6 +42,7 @@ from hf_mrpf.data import ImageData, calibration_batches
 from hf_mrpf.efficiency import count_macs, count_parameters, file_size, measure_latency
 from hf_mrpf.evaluation import evaluate_robustness
 from hf_mrpf.figures import plot_sensitivity
+from hf_mrpf.hub import create_repository, push_folder
 from hf_mrpf.model_card import CardInfo, PlanSummary, render_card
 from hf_mrpf.pruning import plan_pruning
 from hf_mrpf.report import paired_difference
@@ -105,6 +106,7 @@ def main() -> None:
     if run.finished and not run_args.overwrite_output_dir:
         say(args, f"{run.path} is finished with these settings; --overwrite_output_dir would start again.")
         say(args, results_table(read_json(run.path / "robustness_report.json")["table"]))
+        push_result(run, args)
         return
 
     data = load_data(data_args, model_args.image_size, args.seed)
@@ -112,6 +114,9 @@ def main() -> None:
     torch.manual_seed(args.seed)
     model = build_model(model_args, data).to(args.device)
     refuse_unreachable(model, data, args)
+    if args.push_to_hub:
+        # The id in full is on the card; a token or a name that cannot work shows before any training.
+        args.hub_model_id = repository(args)
 
     with run:
         dense = dense_stage(run, model, data, model_args, args)
@@ -124,7 +129,24 @@ def main() -> None:
             rows = result_rows(run, models, reports, args)
             write_result(run, finetuned, plan, reports, rows, data, model_args, args)
             run.finish()
+            push_result(run, args)
         args.distributed_state.wait_for_everyone()
+
+
+def repository(args: MRPFConfig) -> str:
+    """The id on the Hub, made sure of by the main process."""
+    name = args.hub_model_id or Path(args.output_dir).absolute().name
+    if args.process_index == 0:
+        name = create_repository(name, private=args.hub_private_repo, token=args.hub_token)
+    return name
+
+
+def push_result(run: RunFolder, args: MRPFConfig) -> None:
+    """Sends the finished folder; where that fails, the folder stays whole and the error says how to send it again."""
+    if args.push_to_hub and args.process_index == 0:
+        options = {"private": args.hub_private_repo, "revision": args.hub_revision, "token": args.hub_token}
+        pushed = push_folder(run.path, args.hub_model_id or run.path.absolute().name, **options)
+        say(args, f"pushed to {pushed.commit_url}")
 
 
 def say(args: MRPFConfig, line: str) -> None:
@@ -154,7 +176,7 @@ def make_trainer(model, data: ImageData, args: MRPFConfig) -> MRPFTrainer:
 def train(run: RunFolder, stage: str, model, data: ImageData, args: MRPFConfig, **changes) -> tuple:
     """Trains `model` in the stage's own folder; goes on from a checkpoint where there is one."""
     folder = run.stage(stage) / "training"
-    stage_args = dataclasses.replace(args, output_dir=str(folder), **changes)
+    stage_args = dataclasses.replace(args, output_dir=str(folder), push_to_hub=False, **changes)
     trainer = make_trainer(model, data, stage_args)
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     start = time.perf_counter()
@@ -229,7 +251,7 @@ def pruned_stage(run: RunFolder, dense, data: ImageData, args: MRPFConfig):
     if finished := finished_model(run, "pruned", args):
         return finished, PruningPlan.load(plan_file)
     start = time.perf_counter()
-    stage_args = dataclasses.replace(args, output_dir=str(run.stage("pruned") / "training"))
+    stage_args = dataclasses.replace(args, output_dir=str(run.stage("pruned") / "training"), push_to_hub=False)
     trainer = make_trainer(copy.deepcopy(dense), data, stage_args)
     plan = trainer.prune()
     result = {"seconds": round(time.perf_counter() - start, 1), "steps": trainer.pruning_report}
@@ -329,6 +351,9 @@ def card_info(model, plan, reports, rows, stages, data: ImageData, model_args, a
     names = ("objective", "beta", "norm", "eps", "num_steps", "optim", "learning_rate", "weight_decay")
     names += ("lr_scheduler_type", "per_device_train_batch_size", "num_train_epochs")
     control = reports.get("control")
+    command = "accelerate launch " + shlex.join(sys.argv)
+    if args.hub_token:
+        command = command.replace(args.hub_token, "***")
     change = paired_difference(reports["fine-tuned"], reports["dense"], "pgd20")
     return render_card(
         CardInfo(
@@ -354,7 +379,7 @@ def card_info(model, plan, reports, rows, stages, data: ImageData, model_args, a
             ],
             versions=reports["fine-tuned"].versions,
             seed=args.seed,
-            command="accelerate launch " + shlex.join(sys.argv),
+            command=command,
         )
     )
 

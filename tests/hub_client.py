@@ -1,6 +1,6 @@
 """Fresh client processes for a loopback Hub: every snippet runs in a fork of a process that knows that Hub alone.
 
-The variables that huggingface_hub reads are set before it is imported, and importing torch and transformers is paid once.
+The variables that huggingface_hub reads are set before it is imported, and imports are paid once.
 `hf_mrpf` is not among what is imported: a snippet imports it, or is run where it cannot be.
 """
 
@@ -105,7 +105,13 @@ class Client:
         self.stdout = self.stderr = ""
 
     def run(
-        self, code: str, *, token: str | None = None, hidden: bool = False, environment: dict | None = None, **given: Any
+        self,
+        code: str,
+        *,
+        token: str | None = None,
+        hidden: bool = False,
+        environment: dict | None = None,
+        **given: Any,
     ) -> Any:
         """The value of `answer` after the snippet; raises `Failed` where it raises."""
         environment = (environment or {}) | ({"HF_TOKEN": token} if token else {})
