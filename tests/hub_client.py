@@ -29,6 +29,8 @@ class Hidden(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 def child(order):
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.stdin = open(os.devnull)
     os.environ.update(order["environment"])
     for name in order["unset"]:
         os.environ.pop(name, None)

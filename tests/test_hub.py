@@ -73,7 +73,7 @@ def saved(client, place):
         expected=str(place / "saved.st"),
     )
     for name in RECORD:
-        (folder / name).write_text(name)
+        (folder / name).write_text(json.dumps({"file": name}))
     (folder / "stages").mkdir()
     for name in ("run.json", "training_args.bin", "optimizer.pt", "stages/model.safetensors", ".env"):
         (folder / name).write_text("not to be sent")
@@ -163,6 +163,7 @@ def test_a_trainer_with_a_bad_token_fails_before_training(client, hub, place):
     assert "alice/never" not in hub.repositories
 
 
+@pytest.mark.slow
 def test_a_second_round_replaces_the_record_of_the_first(client, hub, place):
     code = TRAIN + (
         "trainer.args.target = 0.8\nsecond = trainer.prune()\nfirst = trainer.plans[0]\n"
@@ -416,11 +417,12 @@ def test_offline_from_the_cache_in_a_cold_process_without_the_package(client, pl
 
 @pytest.mark.parametrize("token", [None, "hf_wrong", BOB])
 def test_a_private_model_needs_its_owners_token(client, hub, saved, place, token):
-    files = {name: (saved / name).read_bytes() for name in FILES}
-    hub.put("alice/private", files, private=True)
-    message = refused(client, "import hf_mrpf\n" + AUTO, source="alice/private", token=token)
-    assert "alice/private" in message
-    given = {"source": "alice/private", "expected": str(place / "saved.st")}
+    # One repository for each: what one process has loaded, the others find in the cache.
+    repo_id = f"alice/private-{(token or 'none')[:5]}"
+    hub.put(repo_id, {name: (saved / name).read_bytes() for name in FILES}, private=True)
+    message = refused(client, "import hf_mrpf\n" + AUTO, source=repo_id, token=token)
+    assert repo_id in message
+    given = {"source": repo_id, "expected": str(place / "saved.st")}
     assert client.run("import hf_mrpf\n" + AUTO + COMPARE, token=ALICE, **given)
 
 
@@ -450,6 +452,7 @@ def test_an_index_with_a_shard_that_is_not_there(client, hub, place):
     assert gone in refused(client, "import hf_mrpf\n" + AUTO, source="alice/lacks-a-shard")
 
 
+@pytest.mark.slow
 def test_a_connection_that_ends_during_the_download(client, hub, saved):
     hub.put("alice/flaky", {name: (saved / name).read_bytes() for name in FILES} | {"x": b"1"})
     hub.fail("GET /alice/flaky/resolve/.*/config.json", times=99)
@@ -488,3 +491,55 @@ def test_evaluate_refuses_in_one_message(client, published):
     ):
         assert client.recipe("evaluate", *arguments) == 2
         assert message in client.stderr and client.stderr.count("error: ") == 1
+
+
+PRUNE = [
+    *("--max_train_samples", "96", "--max_eval_samples", "20", "--base_epochs", "1", "--num_train_epochs", "1"),
+    *("--control_epochs", "0", "--num_steps", "1", "--calibration_sets", "1", "--calibration_set_size", "16"),
+    *("--eval_num_steps", "1", "--eps", "51/255", "--use_cpu", "--disable_tqdm", "true", "--push_to_hub"),
+]
+
+
+@pytest.mark.slow
+def test_prune_pushes_at_the_end_and_the_same_command_completes_a_push_that_failed(client, hub, place):
+    folder = place / "outputs" / "pruned"
+    command = [*PRUNE, "--output_dir", str(folder), "--hub_model_id", "lab/pruned", "--hub-token", ALICE]
+    hub.fail("PUT /lfs/", times=99)
+    assert client.recipe("prune", *command) == 2
+    errors = [line for line in client.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert f"{folder} is whole. Push it again with: python recipes/push.py {folder} lab/pruned" in errors[0]
+    assert hub.files("lab/pruned") == {}
+    before = digest(folder)
+    hub.heal()
+    assert client.recipe("prune", *command) == 0, client.stderr
+    assert "is finished with these settings" in client.stdout and "pushed to" in client.stdout
+    assert digest(folder) == before
+
+    # The trainers of the stages have made no commit and no repository.
+    assert hub.repositories["lab/pruned"].messages == ["initial commit", "Upload model"]
+    assert not [name for name in hub.repositories if "training" in name]
+    files = hub.files("lab/pruned")
+    assert set(files) == FILES | RECORD
+    local = {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for name, content in (files | local).items():
+        assert ALICE.encode() not in content and ALICE[3:].encode() not in content, name
+    for name, content in files.items():
+        assert str(place).encode() not in content, name
+    card = files["README.md"].decode()
+    assert 'from_pretrained("lab/pruned")' in card and "--hub-token ***" in card
+
+    options = ["--dataset_name", "digits", "--max_eval_samples", "20", "--output", str(place / "again.json")]
+    assert client.recipe("evaluate", "lab/pruned", *options) == 0, client.stderr
+    there, here = json.loads(files["robustness_report.json"]), json.loads((place / "again.json").read_text())
+    assert {name: here[name] for name in ("verdicts", "eps", "images")} == {
+        name: there[name] for name in ("verdicts", "eps", "images")
+    }
+
+
+@pytest.mark.slow
+def test_prune_with_a_name_of_somebody_else_fails_before_any_training(client, hub, place):
+    folder = place / "outputs" / "theirs"
+    assert client.recipe("prune", *PRUNE, "--output_dir", str(folder), "--hub_model_id", "firm/x", token=ALICE) == 2
+    assert "this token may not write to firm/x" in client.stderr
+    assert not folder.exists()
