@@ -8,7 +8,8 @@ import inspect
 import json
 import math
 import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.modeling_utils import PreTrainedModel
@@ -42,6 +44,8 @@ _DROPPED_CONFIG_KEYS = frozenset({
     "dtype", "torch_dtype", "attn_implementation", "experts_implementation", "quantization_config"
 })
 # fmt: on
+# Far above any honest network, and what a machine stands: a recipe is refused before it costs time or memory.
+_MOST_MODULES, _LARGEST_INTEGER, _LARGEST_IMAGE = 10_000, 2**18, 8192
 _RECIPE_FIELDS: dict[str, dict[str, type]] = {"timm": {"name": str, "kwargs": dict}, "transformers": {"config": dict}}
 # Wrappers of other libraries' checkpoints: their configs name files and repositories.
 _REFUSED_MODEL_TYPES = ("mrpf", "timm_wrapper")
@@ -92,6 +96,8 @@ class PrunedConfig(PreTrainedConfig):
         )
         if not _is_size(image_size):
             raise ValueError(f"image_size must be a positive integer (pixels), got {image_size!r}")
+        if image_size > _LARGEST_IMAGE:
+            raise ValueError(f"image_size is {reprlib.repr(image_size)}, more than {_LARGEST_IMAGE} pixels")
         self.image_size = image_size
         self.image_mean = _checked_channels("image_mean", image_mean)
         self.image_std = _checked_channels("image_std", image_std, positive=True)
@@ -101,6 +107,7 @@ class PrunedConfig(PreTrainedConfig):
         if pruning is not None and not isinstance(pruning, dict):
             raise ValueError(f"pruning must be null or an object of 'shapes' and 'attrs', got {reprlib.repr(pruning)}")
         self.pruning = pruning
+        _check_common(kwargs)
         super().__init__(**kwargs)
         if not self.num_labels:
             raise ValueError("id2label must name at least one class")
@@ -167,7 +174,7 @@ class PrunedForImageClassification(PreTrainedModel):
         eager = config._attn_implementation == "eager"
         super().__init__(config)
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), _bounded_depth():
                 plan = _build_backbone(config, eager)
             if config.pruning is not None:
                 _apply_record(plan, config.pruning)
@@ -327,6 +334,12 @@ class PrunedForImageClassification(PreTrainedModel):
         model, info = loaded
         _check_loaded(model, info, source)
         return loaded if output_loading_info else model
+
+    @staticmethod
+    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:
+        # The model is still without memory here: the shapes that config.json claims must be those in the files first.
+        _check_headers(model, checkpoint_files or ())
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Write weights (safetensors), `config.json` with the pruning record of the model as it now is,
@@ -506,6 +519,21 @@ def _checked_channels(name: str, values: Any, positive: bool = False) -> list[fl
     return [float(value) for value in values]
 
 
+def _check_common(values: dict[str, Any]) -> None:
+    """Refuse what transformers reads of any config and would fail on, or follow to another file."""
+    for key in ("transformers_weights", "quantization_config"):
+        if values.get(key) is not None:
+            raise ValueError(f"{key} is not for models of this class, got {reprlib.repr(values[key])}")
+    for key in ("attn_implementation", "_attn_implementation"):
+        if values.get(key) not in (None, "eager", "sdpa"):
+            raise ValueError(f"{key} must be 'eager' or 'sdpa', got {reprlib.repr(values[key])}")
+    for key in ("dtype", "torch_dtype"):
+        value = values.get(key)
+        dtype = getattr(torch, value, None) if isinstance(value, str) else value
+        if value is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"{key} must name a floating point type of torch, got {reprlib.repr(value)}")
+
+
 def _checked_recipe(recipe: Any) -> dict[str, Any]:
     source = recipe.get("source") if isinstance(recipe, dict) else None
     if not isinstance(source, str) or source not in BACKBONES:
@@ -521,9 +549,41 @@ def _checked_recipe(recipe: Any) -> dict[str, Any]:
     if unknown := recipe.keys() - fields.keys() - {"source"}:
         raise ValueError(f"backbone has unknown fields {sorted(map(str, unknown))}; known: {['source', *fields]}")
     try:
-        return json.loads(json.dumps(recipe, allow_nan=False))
-    except (TypeError, ValueError) as error:
+        recipe = json.loads(json.dumps(recipe, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"the backbone's arguments must be JSON values (a layer by its name, say): {error}") from error
+    for field in fields:
+        _check_harmless(f"backbone[{field!r}]", recipe[field])
+    return recipe
+
+
+def _check_harmless(key: str, value: Any) -> None:
+    """Refuse what no network is described by: numbers that cost memory, and names of files or addresses."""
+    if isinstance(value, dict | list):
+        for part, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_harmless(f"{key}[{part!r}]", inner)
+    elif isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
+        raise ValueError(f"{key} is {reprlib.repr(value)}, more than any network's {_LARGEST_INTEGER}")
+    elif isinstance(value, str) and any(mark in value for mark in "/\\:"):
+        raise ValueError(f"{key} is {reprlib.repr(value)}: a backbone has no paths or addresses")
+
+
+@contextmanager
+def _bounded_depth() -> Iterator[None]:
+    """Stop the building of a network that has more modules than any real one."""
+    count = 0
+
+    def counted(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > _MOST_MODULES:
+            raise ValueError(f"the network has more than {_MOST_MODULES} modules")
+
+    handle = register_module_module_registration_hook(counted)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _recipe_name(config: PrunedConfig) -> str:
@@ -589,7 +649,24 @@ def _damaged_file(source: Any) -> str:
     return "model.safetensors"
 
 
-def _check_loaded(model: PrunedForImageClassification, info: dict[str, Any], source: Any) -> None:
+def _check_headers(model: PrunedForImageClassification, files: Iterable[Any]) -> None:
+    """Compare names and shapes in the weights' files with the model's, reading no tensor."""
+    saved: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            saved |= {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    info = {
+        "missing_keys": expected.keys() - saved.keys(),
+        "unexpected_keys": saved.keys() - expected.keys(),
+        "mismatched_keys": [
+            (key, shape, expected[key]) for key, shape in saved.items() if shape != expected.get(key, shape)
+        ],
+    }
+    _check_keys(info, model.config.name_or_path)
+
+
+def _check_keys(info: dict[str, Any], source: Any) -> None:
     for problem, keys in (("lacks", info["missing_keys"]), ("has the unknown tensor", info["unexpected_keys"])):
         for key in sorted(keys):
             raise ValueError(f"{source}: {_weights_file(source, key)} {problem} {key!r} ({len(keys)} such tensors)")
@@ -598,6 +675,10 @@ def _check_loaded(model: PrunedForImageClassification, info: dict[str, Any], sou
             f"{source}: {_weights_file(source, key)} holds {key!r} with shape {tuple(saved)}, but config.json says "
             f"{tuple(expected)}"
         )
+
+
+def _check_loaded(model: PrunedForImageClassification, info: dict[str, Any], source: Any) -> None:
+    _check_keys(info, source)
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.is_meta and tensor.isnan().any():
             raise ValueError(f"{source}: {_weights_file(source, key)} holds NaN in {key!r}")

@@ -503,13 +503,15 @@ PRUNE = [
 @pytest.mark.slow
 def test_prune_pushes_at_the_end_and_the_same_command_completes_a_push_that_failed(client, hub, place):
     folder = place / "outputs" / "pruned"
-    command = [*PRUNE, "--output_dir", str(folder), "--hub_model_id", "lab/pruned", "--hub-token", ALICE]
+    command = [*PRUNE, "--output_dir", str(folder), "--hub_model_id", "lab/pruned", "--hub_to", ALICE]
+    before = hub.requests.count("POST /api/repos/create")
     hub.fail("PUT /lfs/", times=99)
     assert client.recipe("prune", *command) == 2
     errors = [line for line in client.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert f"{folder} is whole. Push it again with: python recipes/push.py {folder} lab/pruned" in errors[0]
     assert hub.files("lab/pruned") == {}
+    assert hub.requests.count("POST /api/repos/create") == before + 2  # before any training, and to push
     before = digest(folder)
     hub.heal()
     assert client.recipe("prune", *command) == 0, client.stderr
@@ -527,7 +529,7 @@ def test_prune_pushes_at_the_end_and_the_same_command_completes_a_push_that_fail
     for name, content in files.items():
         assert str(place).encode() not in content, name
     card = files["README.md"].decode()
-    assert 'from_pretrained("lab/pruned")' in card and "--hub-token ***" in card
+    assert 'from_pretrained("lab/pruned")' in card and "--hub_to ***" in card
 
     options = ["--dataset_name", "digits", "--max_eval_samples", "20", "--output", str(place / "again.json")]
     assert client.recipe("evaluate", "lab/pruned", *options) == 0, client.stderr

@@ -1,0 +1,240 @@
+"""A checkpoint from a stranger: whatever its config says, it loads as it was or is refused in one message."""
+
+import copy
+import json
+import resource
+import shutil
+import sys
+import time
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from test_modeling import NARROW, TINY_RESNET, from_backbone, shrink_block, shrink_heads
+from transformers import AutoModelForImageClassification, ResNetConfig
+
+TRANSFORMERS = ("trust_remote_code", "model_type", "model type")
+EVENTS: list[str] = []
+WATCHED = {"socket.connect", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "pickle.find_class"}
+watching = False
+
+
+def _watch(event, arguments):
+    if watching and event in WATCHED:
+        EVENTS.append(f"{event} {arguments!r}")
+
+
+sys.addaudithook(_watch)
+
+
+def _models():
+    narrow = from_backbone("resnet18", num_labels=3, image_size=16, small_images=True, **NARROW)
+    shrink_block(narrow.backbone.layer2[0], 20)
+    vit = from_backbone("vit_tiny_patch16_224", num_labels=3, image_size=32, depth=1, embed_dim=24)
+    shrink_heads(vit.backbone.blocks[0].attn, 5)
+    resnet = from_backbone(ResNetConfig(**TINY_RESNET), num_labels=3, image_size=16, small_images=True)
+    return {"narrow": narrow.eval(), "vit": vit.eval(), "transformers": resnet.eval()}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    found = {}
+    for name, model in _models().items():
+        folder = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folder)
+        images = torch.rand(1, 3, model.config.image_size, model.config.image_size)
+        with torch.no_grad():
+            found[name] = (folder, json.loads((folder / "config.json").read_text()), images, model(images).logits)
+    return found
+
+
+def places(value, path=()):
+    """Every place in a JSON value."""
+    yield path
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from places(inner, (*path, key))
+
+
+def attempt(folder, config):
+    """Load with this config: what it raised, or the model; never slow, large, or with effects."""
+    global watching
+    (folder / "config.json").write_text(json.dumps(config))
+    EVENTS.clear()
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    watching = True
+    try:
+        outcome = AutoModelForImageClassification.from_pretrained(folder)
+    except (ValueError, OSError) as error:
+        outcome = error
+    finally:
+        watching = False
+    assert not EVENTS
+    assert time.perf_counter() - start < 20
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 300_000  # kilobytes
+    return outcome
+
+
+HOSTILE = st.sampled_from(
+    [
+        *(0, -1, 1, 2, 0.5, 17, 10**4, 10**6, 10**9, 10**30, 1e308, True, None, "", "forward", "__class__", [], {}),
+        *(
+            "http://127.0.0.1:9/x",
+            "../../secret",
+            "/etc/passwd",
+            "hf_hub:user/model",
+            "local-dir:/tmp",
+            "timm/resnet18",
+        ),
+        *([10**9], [10**5] * 4, {"shapes": {}, "attrs": {}}, [[[[]]]], {"__class__": 1}, "os.system", "vgg16"),
+    ]
+)
+KEYS = st.sampled_from(
+    [
+        *("forward", "__class__", "weight", "pretrained", "checkpoint_path", "cache_dir", "depth", "layers", "kwargs"),
+        *("quantization_config", "auto_map", "architectures", "dtype", "transformers_weights", "_name_or_path", "url"),
+        *("num_labels", "backbone.fc.weight", "backbone.conv1", "out_channels", "attn_implementation", "eval", "seed"),
+    ]
+)
+
+
+@st.composite
+def changes(draw):
+    """One to three changes: replace, delete or add a value at a place drawn by a number."""
+    one = st.tuples(st.sampled_from(["replace", "delete", "add"]), st.integers(0, 10**6), KEYS, HOSTILE)
+    return draw(st.lists(one, min_size=1, max_size=3))
+
+
+def changed(config, steps):
+    config = copy.deepcopy(config)
+    for kind, number, key, value in steps:
+        known = list(places(config))
+        path = known[number % len(known)]
+        if not path:
+            continue
+        holder = config
+        for part in path[:-1]:
+            holder = holder[part]
+        if kind == "replace":
+            holder[path[-1]] = copy.deepcopy(value)
+        elif kind == "delete":
+            del holder[path[-1]]
+        elif isinstance(holder[path[-1]], dict):
+            holder[path[-1]][key] = copy.deepcopy(value)
+        else:
+            config[key] = value
+    return config
+
+
+def check(folders, name, steps):
+    folder, honest, images, logits = folders[name]
+    config = changed(honest, steps)
+    # AutoConfig itself reads these keys, before any class is known.
+    code = config.get("auto_map", {})
+    assume(isinstance(config.get("model_type", ""), str))
+    assume(isinstance(code, dict) and all(isinstance(value, str) for value in code.values()))
+    try:
+        outcome = attempt(folder, config)
+        if isinstance(outcome, Exception):
+            # Where model_type is another, transformers decides: it knows that type, or asks for trust in the code.
+            assert any(word in str(outcome) for word in ("config.json", "model.safetensors", *TRANSFORMERS)), outcome
+        else:
+            size = outcome.config.image_size
+            assert outcome.state_dict().keys() == load_file(folder / "model.safetensors").keys()
+            if size == images.shape[-1] and config.get("dtype") == honest.get("dtype"):
+                with torch.no_grad():
+                    assert outcome(images).logits.shape == logits.shape
+    finally:
+        (folder / "config.json").write_text(json.dumps(honest))
+
+
+NAMES = st.sampled_from(["narrow", "vit", "transformers"])
+QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
+
+
+@given(name=NAMES, steps=changes())
+@settings(max_examples=60, derandomize=True, **QUIET)
+def test_mutated_configs_load_or_are_refused_in_one_message(folders, name, steps):
+    check(folders, name, steps)
+
+
+@pytest.mark.slow
+@given(name=NAMES, steps=changes())
+@settings(max_examples=300, **QUIET)
+def test_many_mutated_configs(folders, name, steps):
+    check(folders, name, steps)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("narrow", {"layers": [10**9, 1, 1, 1]}, r"backbone\['kwargs'\]\['layers'\]\[0\] is 1000000000"),
+        ("narrow", {"layers": [2**18, 1, 1, 1]}, "more than 10000 modules"),
+        ("vit", {"depth": 2**18}, "more than 10000 modules"),
+        ("narrow", {"channels": [16, 32, 64, 10**5]}, r"config\.json says \(3, 100000\)"),
+        ("vit", {"embed_dim": 10**5}, "config.json"),
+        ("narrow", {"act_layer": "http://127.0.0.1:9/x"}, "has no paths or addresses"),
+    ],
+)
+def test_huge_and_deep_backbones_are_refused_before_they_cost_anything(folders, name, change, message):
+    folder, honest, _, _ = folders[name]
+    config = copy.deepcopy(honest)
+    config["backbone"]["kwargs"] |= change
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match=message):
+        raise attempt(folder, config)
+    (folder / "config.json").write_text(json.dumps(honest))
+    assert time.perf_counter() - start < 15
+
+
+@pytest.mark.parametrize("value", [10**9, 8193])
+def test_a_huge_image_size_is_refused(folders, value):
+    folder, honest, _, _ = folders["narrow"]
+    with pytest.raises(ValueError, match=r"config\.json: image_size is .* more than 8192 pixels"):
+        raise attempt(folder, honest | {"image_size": value})
+    (folder / "config.json").write_text(json.dumps(honest))
+
+
+@pytest.mark.parametrize(
+    "name", ["http://127.0.0.1:9/x", "hf_hub:user/model", "../secret", "/etc/passwd", "local-dir:x", "user/model"]
+)
+def test_a_backbone_that_is_an_address_or_a_path_is_refused(folders, name):
+    folder, honest, _, _ = folders["narrow"]
+    config = copy.deepcopy(honest)
+    config["backbone"]["name"] = name
+    with pytest.raises(ValueError, match=r"config\.json: backbone\['name'\] is .* no paths or addresses"):
+        raise attempt(folder, config)
+    (folder / "config.json").write_text(json.dumps(honest))
+
+
+@given(name=NAMES, number=st.integers(0, 10**6), kind=st.sampled_from(["drop", "add", "reshape", "nan", "cast"]))
+@settings(max_examples=30, derandomize=True, **QUIET)
+@example(name="narrow", number=0, kind="add")
+def test_mutated_weights_are_refused_by_name(folders, tmp_path_factory, name, number, kind):
+    folder, _, images, logits = folders[name]
+    tensors = load_file(folder / "model.safetensors")
+    key = sorted(tensors)[number % len(tensors)]
+    if kind == "drop":
+        del tensors[key]
+    elif kind == "add":
+        tensors[f"{key}x"] = tensors[key].clone()
+    elif kind == "reshape":
+        tensors[key] = tensors[key].reshape(1, *tensors[key].shape).repeat(2, *[1] * tensors[key].ndim)
+    elif kind == "nan" and tensors[key].is_floating_point():
+        tensors[key] = tensors[key] * float("nan")
+    elif kind == "cast":
+        tensors[key] = tensors[key].to(torch.float64)
+    other = tmp_path_factory.mktemp("other")
+    shutil.copytree(folder, other, dirs_exist_ok=True)
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    try:
+        model = AutoModelForImageClassification.from_pretrained(other)
+    except ValueError as error:
+        assert kind != "cast" and "model.safetensors" in str(error) and key in str(error)
+    else:
+        assert kind in ("cast", "nan")
+        with torch.no_grad():
+            assert torch.equal(model(images).logits, logits)
+    shutil.rmtree(other)
