@@ -57,6 +57,7 @@ def test_a_second_live_writer_is_refused_with_the_pid_of_the_first(tmp_path):
             RunFolder(tmp_path, SETTINGS),
         ):
             pass
+        assert (tmp_path / "run.lock").read_text() == f"{writer.pid}\n"
     finally:
         writer.kill()
         writer.wait()
