@@ -122,7 +122,7 @@ def main() -> None:
             models = {"dense": dense, "pruned": pruned, "fine-tuned": finetuned}
             reports = test_reports(models | ({"control": control} if control else {}), data, args)
             rows = result_rows(run, models, reports, args)
-            write_result(run, finetuned, plan, reports, rows, data, model_args, args)
+            write_result(run, finetuned, plan, reports, rows, data, args)
             run.finish()
         args.distributed_state.wait_for_everyone()
 
@@ -157,8 +157,11 @@ def train(run: RunFolder, stage: str, model, data: ImageData, args: MRPFConfig, 
     stage_args = dataclasses.replace(args, output_dir=str(folder), **changes)
     trainer = make_trainer(model, data, stage_args)
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    wanted = args.resume_from_checkpoint
+    if wanted and Path(wanted).resolve().parent == folder.resolve():  # a place in this stage, not in another
+        last = wanted
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or last)
+    trainer.train(resume_from_checkpoint=last)
     result = {"seconds": round(time.perf_counter() - start, 1), "epochs": stage_args.num_train_epochs}
     return trainer.model, result | trainer.best_and_last()
 
@@ -301,7 +304,7 @@ def result_rows(run: RunFolder, models: dict, reports: dict, args: MRPFConfig) -
     ]
 
 
-def write_result(run: RunFolder, model, plan: PruningPlan, reports, rows, data: ImageData, model_args, args) -> None:
+def write_result(run: RunFolder, model, plan: PruningPlan, reports, rows, data: ImageData, args) -> None:
     """Writes everything into a draft, then moves it into the output folder at once."""
     draft = run.stage("result")
     shutil.rmtree(draft, ignore_errors=True)
@@ -318,44 +321,44 @@ def write_result(run: RunFolder, model, plan: PruningPlan, reports, rows, data: 
         "data": data.description,
     }
     write_json(draft / "robustness_report.json", report)
-    card_info(model, plan, reports, rows, stages, data, model_args, args).save(draft / "README.md")
+    info = card_info(model, plan, reports, rows, stages, data, args)
+    write_json(run.stage("card.json"), info.to_dict())  # what the card can be rendered from again
+    render_card(info).save(draft / "README.md")
     run.publish(draft)
     say(args, results_table(rows))
     say(args, f"result in {run.path}")
 
 
-def card_info(model, plan, reports, rows, stages, data: ImageData, model_args, args):
-    """The model card of the result."""
+def card_info(model, plan, reports, rows, stages, data: ImageData, args: MRPFConfig) -> CardInfo:
+    """Everything the model card of the result says."""
     names = ("objective", "beta", "norm", "eps", "num_steps", "optim", "learning_rate", "weight_decay")
     names += ("lr_scheduler_type", "per_device_train_batch_size", "num_train_epochs")
     control = reports.get("control")
     change = paired_difference(reports["fine-tuned"], reports["dense"], "pgd20")
-    return render_card(
-        CardInfo(
-            model_name=args.hub_model_id.split("/")[-1] if args.hub_model_id else Path(args.output_dir).name,
-            repo_id=args.hub_model_id,
-            backbone=model.config.backbone.get("name") or model.config.backbone["config"]["model_type"],
-            image_size=model.config.image_size,
-            class_names=data.class_names,
-            dataset_id=data.name,
-            dataset_config=data.description["dataset_config_name"],
-            dataset_on_hub="/" in data.name,
-            rows=rows,
-            control=ResultRow.from_report("the same network, ordinary training", control) if control else None,
-            plan=PlanSummary.from_plan(plan),
-            pruning_steps=stages["pruned"]["steps"],
-            selection={key: stages["fine-tuned"][key] for key in ("best", "last") if key in stages["fine-tuned"]},
-            training={name: str(getattr(value := getattr(args, name), "value", value)) for name in names},
-            figure="mrs.png",
-            notes=[
-                "The test split was read once, after every choice had been made on the validation split.",
-                f"Fine-tuned minus dense under PGD-20, image by image: {100 * change.difference:+.1f} points, "
-                f"95 % interval [{100 * change.interval[0]:+.1f}, {100 * change.interval[1]:+.1f}].",
-            ],
-            versions=reports["fine-tuned"].versions,
-            seed=args.seed,
-            command="accelerate launch " + shlex.join(sys.argv),
-        )
+    return CardInfo(
+        model_name=args.hub_model_id.split("/")[-1] if args.hub_model_id else Path(args.output_dir).name,
+        repo_id=args.hub_model_id,
+        backbone=model.config.backbone.get("name") or model.config.backbone["config"]["model_type"],
+        image_size=model.config.image_size,
+        class_names=data.class_names,
+        dataset_id=data.name,
+        dataset_config=data.description["dataset_config_name"],
+        dataset_on_hub="/" in data.name,
+        rows=rows,
+        control=ResultRow.from_report("the same network, ordinary training", control) if control else None,
+        plan=PlanSummary.from_plan(plan),
+        pruning_steps=stages["pruned"]["steps"],
+        selection={key: stages["fine-tuned"][key] for key in ("best", "last") if key in stages["fine-tuned"]},
+        training={name: str(getattr(value := getattr(args, name), "value", value)) for name in names},
+        figure="mrs.png",
+        notes=[
+            "The test split was read once, after every choice had been made on the validation split.",
+            f"Fine-tuned minus dense under PGD-20, image by image: {100 * change.difference:+.1f} points, "
+            f"95 % interval [{100 * change.interval[0]:+.1f}, {100 * change.interval[1]:+.1f}].",
+        ],
+        versions=reports["fine-tuned"].versions,
+        seed=args.seed,
+        command="accelerate launch " + shlex.join(sys.argv),
     )
 
 
