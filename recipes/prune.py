@@ -17,9 +17,11 @@ import shlex
 import shutil
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from huggingface_hub.utils import validate_repo_id
 from transformers import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -32,8 +34,8 @@ from hf_mrpf.cli import (
     StageProgress,
     announce,
     build_model,
-    is_own_checkpoint,
     load_data,
+    own_config,
     quieten,
     report_errors,
     run_settings,
@@ -51,15 +53,10 @@ from hf_mrpf.run_folder import RunFolder, read_json, write_json
 ATTACKS = ("clean", "fgsm", "pgd20", "cw")
 # A ResNet of one block a stage; its stem has 2 * stem_width channels. About 0.3 M parameters.
 NARROW_RESNET = {"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 128], "stem_type": "deep", "stem_width": 8}
-# The embedded digits: eps at which a normally trained net fails, and a few minutes on two cores.
-DIGITS = {
-    "output_dir": "outputs/digits",
+# The embedded digits: eps at which a normally trained net fails, and settings for a few minutes on two cores.
+DIGITS = {"eps": 0.2, "num_steps": 5, "per_device_train_batch_size": 32, "crop_padding": 1}
+DIGITS_MODEL = {
     "backbone_kwargs": json.dumps(NARROW_RESNET | {"channels": [16, 32, 32, 32]}),  # 59 k parameters
-    "eps": 0.2,
-    "num_steps": 5,
-    "learning_rate": 0.2,
-    "per_device_train_batch_size": 32,
-    "crop_padding": 1,
     "control_epochs": 8.0,
     "base_epochs": 28.0,
     "num_train_epochs": 20.0,
@@ -80,18 +77,18 @@ def parse_arguments():
     usage = "accelerate launch recipes/prune.py [options]"
     parser = GroupedParser(groups, usage=usage, description=__doc__.split("\n\n")[0])
     parser.set_defaults(**EVERY_RUN)
-    known, _ = parser.parse_known_args()
-    if known.model_name_or_path is None:
-        parser.set_defaults(
-            model_name_or_path="timm/resnet18", small_images=True, backbone_kwargs=json.dumps(NARROW_RESNET)
-        )
-    if known.dataset_name is not None:
-        parser.set_defaults(output_dir=f"outputs/{Path(known.dataset_name).name}")
-    elif known.model_name_or_path is None:
-        parser.set_defaults(**DIGITS)
-    else:
-        # A model that was named may be trained already: whether its base is trained follows from it.
-        parser.set_defaults(**DIGITS | {"backbone_kwargs": None, "base_epochs": None})
+    # Defaults follow from the data and the model; with none named, --help shows those of the embedded run.
+    known, _ = parser.parse_known_args([option for option in sys.argv[1:] if option not in ("-h", "--help")])
+    embedded, named = known.dataset_name in (None, "digits"), known.model_name_or_path
+    folder = "digits" if embedded else Path(known.dataset_name).name
+    parser.set_defaults(output_dir=f"outputs/{folder}-{Path(named).name}" if named else f"outputs/{folder}")
+    if named is None:
+        narrow = {"model_name_or_path": "timm/resnet18", "small_images": True}
+        parser.set_defaults(**narrow, backbone_kwargs=json.dumps(NARROW_RESNET))
+    if embedded:
+        parser.set_defaults(**DIGITS if named else DIGITS | DIGITS_MODEL)
+        if known.optim == "sgd":
+            parser.set_defaults(learning_rate=0.2)
     return parser.parse_args_into_dataclasses()
 
 
@@ -107,7 +104,12 @@ def main() -> None:
         say(args, results_table(read_json(run.path / "robustness_report.json")["table"]))
         return
 
-    data = load_data(data_args, model_args.image_size, args.seed)
+    if args.hub_model_id:
+        validate_repo_id(args.hub_model_id)
+    if find_spec("matplotlib") is None:
+        raise ImportError("The picture of the pruning plan needs matplotlib: pip install hf-mrpf[plots].")
+    start = own_config(model_args.model_name_or_path, model_args.model_revision)
+    data = load_data(data_args, model_args.image_size or (start and start.image_size), args.seed)
     args.horizontal_flip = args.horizontal_flip and data.flip
     torch.manual_seed(args.seed)
     model = build_model(model_args, data).to(args.device)
@@ -115,7 +117,7 @@ def main() -> None:
 
     with run:
         dense = dense_stage(run, model, data, model_args, args)
-        control = control_stage(run, data, model_args, args)
+        control = control_stage(run, model.config, data, model_args, args)
         pruned, plan = pruned_stage(run, dense, data, args)
         finetuned = finetuned_stage(run, pruned, data, args)
         if args.process_index == 0:
@@ -162,7 +164,8 @@ def train(run: RunFolder, stage: str, model, data: ImageData, args: MRPFConfig, 
         last = wanted
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=last)
-    result = {"seconds": round(time.perf_counter() - start, 1), "epochs": stage_args.num_train_epochs}
+    result = {"epochs": round(trainer.state.epoch, 2), "steps": trainer.state.global_step}
+    result |= {"seconds": round(time.perf_counter() - start, 1), "resumed_from": last and Path(last).name}
     return trainer.model, result | trainer.best_and_last()
 
 
@@ -183,6 +186,14 @@ def finished_model(run: RunFolder, stage: str, args: MRPFConfig) -> PrunedForIma
     return PrunedForImageClassification.from_pretrained(run.stage(stage) / "model").to(args.device)
 
 
+def trained(objective: str, result: dict) -> str:
+    """What a stage's training did, in a few words."""
+    if not result["epochs"]:
+        return "taken as it is"
+    since = f" since {result['resumed_from']}" if result["resumed_from"] else ""
+    return f"{objective} for {result['epochs']:g} epochs, {result['seconds']} s{since}"
+
+
 def validation_figures(result: dict) -> str:
     best = result.get("best")
     if not best:
@@ -200,29 +211,28 @@ def dense_stage(run: RunFolder, model, data: ImageData, model_args: ModelArgumen
         return finished
     epochs = model_args.base_epochs
     if epochs is None:
-        epochs = 0 if is_own_checkpoint(model_args.model_name_or_path, model_args.model_revision) else 20
+        epochs = 0 if own_config(model_args.model_name_or_path, model_args.model_revision) else 20
     result = {"epochs": 0}
     if epochs:
         model, result = train(run, "dense", model, data, args, num_train_epochs=epochs)
     finish(run, "dense", model, result, args)
-    done = f"{args.objective} for {epochs:g} epochs in {result['seconds']} s" if epochs else "taken as it is"
-    say(args, f"[dense] {done}{validation_figures(result)}")
+    say(args, f"[dense] {trained(args.objective, result)}{validation_figures(result)}")
     return model
 
 
-def control_stage(run: RunFolder, data: ImageData, model_args: ModelArguments, args: MRPFConfig):
-    """The same network trained without any attack: at a fair eps it must fail under attack."""
+def control_stage(run: RunFolder, config, data: ImageData, model_args: ModelArguments, args: MRPFConfig):
+    """The same network, from fresh weights, trained without any attack: at a fair eps it must fail under attack."""
     if not model_args.control_epochs:
         return None
     if finished := finished_model(run, "control", args):
         return finished
     torch.manual_seed(args.seed)
-    model = build_model(model_args, data).to(args.device)
+    model = PrunedForImageClassification(config).to(args.device)
     changes = {"objective": "standard", "num_train_epochs": model_args.control_epochs}
     changes |= {"load_best_model_at_end": False, "eval_strategy": "no", "save_strategy": "no"}
     model, result = train(run, "control", model, data, args, **changes)
     finish(run, "control", model, result, args)
-    say(args, f"[control] standard training for {model_args.control_epochs:g} epochs in {result['seconds']} s")
+    say(args, f"[control] {trained('standard', result)}")
     return model
 
 
@@ -259,8 +269,7 @@ def finetuned_stage(run: RunFolder, pruned, data: ImageData, args: MRPFConfig):
     if args.num_train_epochs or args.max_steps > 0:
         model, result = train(run, "fine-tuned", model, data, args)
     finish(run, "fine-tuned", model, result, args)
-    done = f"{args.objective} for {result['epochs']:g} epochs in {result.get('seconds', 0)} s"
-    say(args, f"[fine-tuned] {done}{validation_figures(result)}")
+    say(args, f"[fine-tuned] {trained(args.objective, result)}{validation_figures(result)}")
     return model
 
 
@@ -332,7 +341,9 @@ def write_result(run: RunFolder, model, plan: PruningPlan, reports, rows, data: 
 def card_info(model, plan, reports, rows, stages, data: ImageData, args: MRPFConfig) -> CardInfo:
     """Everything the model card of the result says."""
     names = ("objective", "beta", "norm", "eps", "num_steps", "optim", "learning_rate", "weight_decay")
-    names += ("lr_scheduler_type", "per_device_train_batch_size", "num_train_epochs")
+    names += ("lr_scheduler_type", "per_device_train_batch_size")
+    settings = {name: str(getattr(value := getattr(args, name), "value", value)) for name in names}
+    settings |= {f"epochs of the {stage} model": stages[stage]["epochs"] for stage in ("dense", "fine-tuned")}
     control = reports.get("control")
     change = paired_difference(reports["fine-tuned"], reports["dense"], "pgd20")
     return CardInfo(
@@ -349,7 +360,7 @@ def card_info(model, plan, reports, rows, stages, data: ImageData, args: MRPFCon
         plan=PlanSummary.from_plan(plan),
         pruning_steps=stages["pruned"]["steps"],
         selection={key: stages["fine-tuned"][key] for key in ("best", "last") if key in stages["fine-tuned"]},
-        training={name: str(getattr(value := getattr(args, name), "value", value)) for name in names},
+        training=settings,
         figure="mrs.png",
         notes=[
             "The test split was read once, after every choice had been made on the validation split.",
