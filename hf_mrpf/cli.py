@@ -15,7 +15,7 @@ from transformers import AutoConfig, HfArgumentParser, ProgressCallback, Trainin
 
 from .config import MRPFConfig
 from .data import ImageData, load_image_data
-from .modeling import PrunedForImageClassification
+from .modeling import PrunedConfig, PrunedForImageClassification
 
 FRACTIONS = ("eps", "step_size")
 ATTACK_OPTIONS = ("objective", "beta", "norm", "eps", "step_size", "num_steps", "random_start", "eval_num_steps")
@@ -188,20 +188,25 @@ def load_data(arguments: DataArguments, image_size: int | None, seed: int) -> Im
     )
 
 
-def is_own_checkpoint(name: str | None, revision: str | None = None) -> bool:
-    """Whether `name` is a folder or Hub id of a model this library saved."""
+def own_config(name: str | None, revision: str | None = None) -> PrunedConfig | None:
+    """The config of `name` where it is a folder or Hub id of a model that this library saved, else None."""
     if name is None or name.startswith("timm/") or ("/" not in name and not Path(name).is_dir()):
-        return False
+        return None
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise ValueError(f"--model_name_or_path {name} is a folder without config.json, so it holds no model.")
-    return AutoConfig.from_pretrained(name, revision=revision).model_type == "mrpf"
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise ValueError(f"--model_name_or_path {name}: there is no such folder.")
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    return config if isinstance(config, PrunedConfig) else None
 
 
 def quieten() -> None:
     """Leaves to the bars of the stages what libraries would print for every file they write."""
+    import datasets
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 def report_errors(main: Callable[[], None]) -> None:
@@ -223,14 +228,16 @@ def build_model(arguments: ModelArguments, data: ImageData) -> PrunedForImageCla
         raise ValueError(
             "--model_name_or_path is missing; give a timm name such as timm/resnet18, or a model's folder."
         )
-    if is_own_checkpoint(name, arguments.model_revision):
-        model = PrunedForImageClassification.from_pretrained(name, revision=arguments.model_revision)
-        if model.config.num_labels != len(data.class_names):
+    if config := own_config(name, arguments.model_revision):
+        classes = list((config.id2label or {}).values())
+        unnamed = classes == [f"LABEL_{index}" for index in range(len(classes))]
+        if len(classes) != len(data.class_names) or not (unnamed or classes == data.class_names):
             raise ValueError(
-                f"{name} has {model.config.num_labels} classes and the data set {len(data.class_names)}; "
-                "give a data set with the same classes, or a backbone to train from scratch."
+                f"{name} has the {len(classes)} classes {', '.join(classes[:4])}..., the data set the "
+                f"{len(data.class_names)} classes {', '.join(data.class_names[:4])}...; give a data set with the same "
+                "classes in the same order, or a backbone to train from scratch."
             )
-        return model
+        return PrunedForImageClassification.from_pretrained(name, revision=arguments.model_revision)
     kwargs = _json_object(arguments.backbone_kwargs) if arguments.backbone_kwargs else {}
     # Trained weights expect the normalisation they were trained with, fresh ones the data's own.
     timm_name = name.removeprefix("timm/")

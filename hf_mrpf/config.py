@@ -182,7 +182,7 @@ class MRPFConfig(TrainingArguments):
             raise ValueError(
                 f"target={self.target} is not a fraction kept in (0, 1): 0.5 keeps half of the {self.target_metric}."
             )
-        if not 0 < self.max_ratio < 1:
+        if not (isinstance(self.max_ratio, float | int) and 0 < self.max_ratio < 1):
             raise ValueError(f"max_ratio={self.max_ratio} must be in (0, 1): the largest fraction a unit may lose.")
         for name, least in {
             "min_channels": 1,
@@ -195,10 +195,18 @@ class MRPFConfig(TrainingArguments):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}={value} must be a whole number, at least {least}.")
-        for name in ("gamma", "beta"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}={value} must be a finite number, at least 0.")
+        if self.crop_padding is not None and self.crop_padding < 0:
+            raise ValueError(f"crop_padding={self.crop_padding} must be at least 0.")
+        if self.sensitivity_steps is not None and (self.sensitivity_steps < 1 or METHODS[self.sensitivity_method] == 0):
+            raise ValueError(
+                f"sensitivity_steps={self.sensitivity_steps} must be at least 1, and goes with ascent or exact only."
+            )
+        if not (math.isfinite(self.gamma) and 0 <= self.gamma <= 1):
+            raise ValueError(f"gamma={self.gamma} must be in [0, 1]: a fraction of the norm of a module's weights.")
+        if not (math.isfinite(self.beta) and self.beta >= 0):
+            raise ValueError(f"beta={self.beta} must be a finite number, at least 0.")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be at least 0.")
         _ = self.attack
 
     @property

@@ -28,6 +28,9 @@ __all__ = [
 ]
 
 
+_KINDS = "give (images, labels) tensors, one split of a data set (such as ImageData.test), or batches of such tensors"
+
+
 @dataclass(frozen=True)
 class NamedAttack:
     """
@@ -117,8 +120,10 @@ def evaluate_robustness(
     total = _count(data, num_samples)
     fingerprint, blind = hashlib.sha256(), 0
     network = _in_float32(model)
+    image_size = getattr(getattr(model, "config", None), "image_size", None)
+    image_size = image_size if isinstance(image_size, int) else None
     with eval_mode(network), frozen(network), tqdm(total=total, unit="image", disable=not progress) as bar:
-        for indices, images, labels in _indexed_batches(data, num_samples, seed, batch_size):
+        for indices, images, labels in _indexed_batches(data, num_samples, seed, batch_size, image_size):
             _add_to(fingerprint, indices, images, labels)
             images, labels = images.to(weight.device), labels.to(weight.device)
             logits, zero_gradients = _clean_logits(network, images, labels, indices, gradient=bool(names))
@@ -171,10 +176,10 @@ def _settings(spec: NamedAttack, attack: AttackConfig) -> dict[str, Any]:
 
 
 def _indexed_batches(
-    data: Any, num_samples: int | None, seed: int, batch_size: int
+    data: Any, num_samples: int | None, seed: int, batch_size: int, image_size: int | None
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Yield `(indices in data, float32 images, int64 labels)`, checked."""
-    for indices, images, labels in _raw_batches(data, num_samples, seed, batch_size):
+    for indices, images, labels in _raw_batches(data, num_samples, seed, batch_size, image_size):
         check_pixels(images)
         if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != (len(images),):
             raise ValueError(
@@ -185,14 +190,14 @@ def _indexed_batches(
 
 
 def _raw_batches(
-    data: Any, num_samples: int | None, seed: int, batch_size: int
+    data: Any, num_samples: int | None, seed: int, batch_size: int, image_size: int | None
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     from datasets import Dataset
 
     if isinstance(data, Mapping):
         raise ValueError(f"data holds several splits ({', '.join(map(str, data))}); hand over one of them.")
     if isinstance(data, Dataset):
-        pixels = as_pixel_dataset(data)
+        pixels = as_pixel_dataset(data, image_size)
         order = _order(pixels["labels"][:], num_samples, seed)
         starts = range(0, len(order), batch_size)
         for start, (images, labels) in zip(starts, batches(pixels, batch_size, order), strict=True):
@@ -207,7 +212,13 @@ def _raw_batches(
             yield chosen, images[chosen], labels[chosen]
     else:
         seen = 0
+        if not isinstance(data, Iterable):
+            raise ValueError(f"data is a {type(data).__name__}; {_KINDS}.")
         for batch in data:
+            if not isinstance(batch, Mapping) and not _is_pair(batch):
+                raise ValueError(
+                    f"data yields {type(batch).__name__} that are no (images, labels) of tensors; {_KINDS}."
+                )
             images, labels = (batch["pixel_values"], batch["labels"]) if isinstance(batch, Mapping) else batch
             take = len(images) if num_samples is None else min(len(images), num_samples - seen)
             if take == 0:

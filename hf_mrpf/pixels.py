@@ -100,7 +100,7 @@ def find_columns(dataset: Dataset, image: str | None, label: str | None) -> tupl
 def checked_labels(dataset: Dataset, column: str, names: list[str] | None) -> tuple[np.ndarray, list[str]]:
     """The labels, and the class names: those given or the data set's own, and all labels within them."""
     if not len(dataset):
-        raise ValueError("it is empty.")
+        raise ValueError("the data set is empty: it has no rows.")
     values = dataset.select_columns([column]).with_format("arrow")[:][column]
     if values.null_count:
         raise ValueError(f"row {values.is_null().to_pylist().index(True)} has no label in column {column}.")

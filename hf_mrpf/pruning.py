@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import metadata
 from numbers import Real
 from typing import Any
 
@@ -14,6 +13,7 @@ from .architectures import refresh
 from .attacks import AttackConfig, keyed_start, pgd_attack
 from .importance import get_importance
 from .plan import PruningPlan, check_fits, weights_sha256
+from .report import package_versions
 from .sensitivity import (
     COMBINERS,
     SensitivityResult,
@@ -162,7 +162,7 @@ def plan_pruning(
         achieved={metric: after[metric] / before[metric] for metric in METRICS},
         example_shape=(1, *example.shape[1:]),
         sensitivity=_measurement(scores) if isinstance(scores, SensitivityResult) else None,
-        versions=_versions(),
+        versions=package_versions(),
         weights_sha256=weights_sha256(model),
     )
 
@@ -293,14 +293,3 @@ def _attacked(model: nn.Module, sets: Batches, attack: AttackConfig, seed: int) 
 def _most_important(importances: list[float], count: int) -> list[int]:
     ranked = sorted(range(len(importances)), key=lambda channel: (-importances[channel], channel))
     return sorted(ranked[:count])
-
-
-def _versions() -> dict[str, str]:
-    def version(distribution: str) -> str:
-        try:
-            return metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            return "not installed"
-
-    names = ("hf-mrpf", "torch", "timm", "transformers", "torch-pruning")
-    return {name.replace("-", "_"): version(name) for name in names}

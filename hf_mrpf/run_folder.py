@@ -88,10 +88,12 @@ class RunFolder:
         """Refuses, before anything is loaded or written, a folder that this run could not go on in."""
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"--output_dir {self.path} is a file; give a folder.")
-        state = self._state()
+        if self.is_main and not self._lock.is_locked and (self.path / LOCK_FILE).exists():
+            self._acquire()  # only to see that nobody else holds it
+            self._lock.release()
         if self.overwrite:
             return
-        if state:
+        if state := self._state():
             self._compare(state.get("settings", {}))
         elif taken := [name for name in RESULT_FILES if (self.path / name).exists()]:
             raise ValueError(
@@ -103,7 +105,7 @@ class RunFolder:
         try:
             self._lock.acquire()
         except Timeout as error:
-            pid = self._state().get("pid", "unknown")
+            pid = (self.path / LOCK_FILE).read_text().strip() or "unknown"
             raise ValueError(
                 f"{self.path} is being written by another run (pid {pid}, {self.path / LOCK_FILE}). "
                 "Wait for it, stop it, or give another --output_dir."
@@ -115,8 +117,8 @@ class RunFolder:
         self.check()
         if self.overwrite:
             self._clear()
-        state = self._state() or {"settings": self.settings, "finished": False}
-        write_json(self.path / STATE_FILE, state | {"pid": os.getpid()})
+        if not self._state():
+            write_json(self.path / STATE_FILE, {"settings": self.settings, "finished": False})
 
     def _compare(self, there: Mapping[str, Any]) -> None:
         names = sorted(there.keys() | self.settings.keys())
@@ -138,7 +140,10 @@ class RunFolder:
 
     def _state(self) -> dict[str, Any]:
         file = self.path / STATE_FILE
-        return read_json(file) if file.is_file() else {}
+        try:
+            return read_json(file) if file.is_file() else {}
+        except ValueError as error:
+            raise ValueError(f"{error} --overwrite_output_dir starts the run again.") from error
 
     @property
     def finished(self) -> bool:

@@ -1,6 +1,7 @@
 """`MRPFTrainer`: the Trainer that prunes by robustness sensitivity and fine-tunes adversarially."""
 
 import copy
+import dataclasses
 import json
 from concurrent.futures import Future
 from functools import partial
@@ -15,7 +16,7 @@ from torch import nn
 from transformers import EvalPrediction, PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from .attacks import keyed_start, logits_of, pgd_attack
+from .attacks import eval_mode, keyed_start, logits_of, pgd_attack
 from .config import MRPFConfig
 from .data import (
     as_pixel_dataset,
@@ -26,6 +27,7 @@ from .data import (
     stratified_subset,
     with_index,
 )
+from .efficiency import count_macs, count_parameters
 from .evaluation import evaluate_robustness
 from .hub import create_repository, push_folder, write_record
 from .modeling import PrunedForImageClassification
@@ -91,16 +93,20 @@ class MRPFTrainer(Trainer):
         self._clean_metrics = compute_metrics
         self.objective: Objective = get_objective(args.objective)
         self.plans: list[PruningPlan] = []
+        self._checked_checkpoint: str | None = None
         self.pruning_report: dict[str, dict[str, Any]] = {}
         self.repair_report: RepairReport | None = None
         if isinstance(eval_dataset, dict):
-            eval_dataset = {name: self._pixels(split) for name, split in eval_dataset.items()}
+            eval_dataset = {name: self._indexed(split) for name, split in eval_dataset.items()}
+        train_dataset = self._pixels(train_dataset)
+        if self._num_labels is None and isinstance(train_dataset, Dataset):
+            _check_classes(model, train_dataset)
         super().__init__(
             model=model,
             args=args,
             data_collator=kwargs.pop("data_collator", collate_pixels),
-            train_dataset=self._pixels(train_dataset),
-            eval_dataset=self._pixels(eval_dataset),
+            train_dataset=train_dataset,
+            eval_dataset=self._indexed(eval_dataset),
             compute_metrics=self._metrics,
             **kwargs,
         )
@@ -123,14 +129,19 @@ class MRPFTrainer(Trainer):
             )
         return pixels
 
+    def _indexed(self, dataset: Any) -> Any:
+        """Pixels with the index of each image, which keys its random start in the attack."""
+        if not isinstance(dataset, Dataset) or "index" in dataset.column_names:
+            return dataset
+        return with_index(self._pixels(dataset))
+
     def get_eval_dataloader(self, eval_dataset=None):
-        """As in `Trainer`; every image carries its index, which keys its random start in the attack."""
-        if isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset[eval_dataset]  # type: ignore[index]
-        dataset = self._pixels(eval_dataset if eval_dataset is not None else self.eval_dataset)
-        if isinstance(dataset, Dataset) and "index" not in dataset.column_names:
-            dataset = with_index(dataset)
-        return super().get_eval_dataloader(dataset)
+        """As in `Trainer`, with raw image columns decoded."""
+        return super().get_eval_dataloader(self._indexed(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset):
+        """As in `Trainer`, with raw image columns decoded."""
+        return super().get_test_dataloader(self._indexed(test_dataset))
 
     # ---- Pruning ----------------------------------------------------------------------------------------------------
 
@@ -159,7 +170,10 @@ class MRPFTrainer(Trainer):
                 "Prune with a trainer without `optimizers`, then make the optimizer from the pruned model."
             )
         if not isinstance(self.train_dataset, Dataset):
-            raise ValueError("prune() draws its calibration images from train_dataset, which is missing.")
+            raise ValueError(
+                f"prune() draws its calibration images from train_dataset, a datasets.Dataset; here it is "
+                f"{type(self.train_dataset).__name__}."
+            )
         args, model = self.args, self.accelerator.unwrap_model(self.model)
         calibration = calibration_batches(
             self.train_dataset, args.calibration_sets, args.calibration_set_size, seed=args.seed
@@ -167,22 +181,27 @@ class MRPFTrainer(Trainer):
         calibration = [(images.to(args.device), labels.to(args.device)) for images, labels in calibration]
         if plan is None:
             plan = self._plan(model, calibration)
-        plan = self._fire("on_plan_end", plan=plan) or plan
+        replaced = self._fire("on_plan_end", plan=plan)
+        plan = plan if replaced is None else replaced
+        if not isinstance(plan, PruningPlan):
+            raise ValueError(f"on_plan_end returned a {type(plan).__name__}; return a PruningPlan, or None to keep it.")
         plan = PruningPlan.from_dict(broadcast_object_list([plan.to_dict()])[0])
 
         dense = copy.deepcopy(model) if args.repair else None
         self._report("before")
+        before = _size(model, plan)
         prune(model, plan)
+        plan = _with_measured_size(plan, before, _size(model, plan))
         self._report("removed")
         if dense is not None:
             self.repair_report = repair(model, dense, plan, calibration, args.attack, seed=args.seed)
             self._report("repaired")
         if args.recalibration_samples:
             size = min(args.recalibration_samples, len(self.train_dataset))
-            subset = stratified_subset(self.train_dataset, size, seed=args.seed)
-            recalibrate_batchnorm(
-                model, [(x.to(args.device), y) for x, y in batches(subset, args.per_device_train_batch_size)]
-            )
+            batch = min(args.per_device_train_batch_size, size)
+            # Whole batches only: each counts the same in the statistics.
+            subset = stratified_subset(self.train_dataset, size - size % batch, seed=args.seed)
+            recalibrate_batchnorm(model, [(images.to(args.device), y) for images, y in batches(subset, batch)])
             self._report("recalibrated")
         if args.world_size > 1:
             for tensor in model.state_dict().values():
@@ -239,9 +258,11 @@ class MRPFTrainer(Trainer):
         return result
 
     def _report(self, step: str) -> None:
-        if self.eval_dataset is None:
+        splits = self.eval_dataset
+        first = next(iter(splits.values())) if isinstance(splits, dict) else splits
+        if first is None or self.args.prediction_loss_only:
             return
-        output = self.evaluation_loop(self.get_eval_dataloader(), description=step, metric_key_prefix=step)
+        output = self.evaluation_loop(self.get_eval_dataloader(first), description=step, metric_key_prefix=step)
         metrics = output.metrics or {}
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ProgressCallback):  # closes its bar; other callbacks would take it for an epoch
@@ -300,13 +321,35 @@ class MRPFTrainer(Trainer):
             beta=self.args.beta,
             attacked=self.accelerator.unwrap_model(model),
         )
+        if not isinstance(getattr(output, "loss", None), torch.Tensor):
+            raise ValueError(f"The objective returned a {type(output).__name__}; it must return an ObjectiveOutput.")
         if not torch.isfinite(output.loss):
-            raise ValueError(
-                f"The loss is {output.loss.item()} at step {self.state.global_step + 1}; training stopped before that "
-                f"step changed the weights. Last good checkpoint: {get_last_checkpoint(self.args.output_dir)}. "
-                "Lower the learning rate, or train in float32."
-            )
+            self._stop(f"The loss is {output.loss.item()} at step {self.state.global_step + 1}")
         return (output.loss, {"logits": output.logits}) if return_outputs else output.loss
+
+    def _stop(self, reason: str) -> None:
+        raise ValueError(
+            f"{reason}; training stopped. Last checkpoint with finite weights: "
+            f"{self._checked_checkpoint or 'none was saved yet'}. Lower the learning rate, or give it a warm-up."
+        )
+
+    def train(self, *args, **kwargs):
+        """As in `Trainer`; stops with a ValueError where the loss or the weights are no longer finite."""
+        self._checked_checkpoint = None
+        output = super().train(*args, **kwargs)
+        self._check_weights()
+        return output
+
+    def _check_weights(self) -> None:
+        try:
+            check_finite_weights(self.accelerator.unwrap_model(self.model))
+        except ValueError as error:
+            self._stop(f"After step {self.state.global_step}, {error}")
+
+    def _save_checkpoint(self, model, trial):
+        self._check_weights()
+        super()._save_checkpoint(model, trial)
+        self._checked_checkpoint = get_last_checkpoint(self._get_output_dir(trial))
 
     # ---- Evaluation -------------------------------------------------------------------------------------------------
 
@@ -315,7 +358,7 @@ class MRPFTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         images, labels = inputs["pixel_values"], inputs["labels"]
         attacked, attack = self.accelerator.unwrap_model(model), self.args.eval_attack
-        start = keyed_start(images, inputs["index"], attack, self.args.seed) if attack.random_start else images
+        start = keyed_start(images, inputs.get("index", range(len(images))), attack, self.args.seed)
         adversarial = pgd_attack(attacked, images, labels, attack, start=start)
         with torch.no_grad():
             logits, adversarial_logits = logits_of(attacked(images)).float(), logits_of(attacked(adversarial)).float()
@@ -335,19 +378,25 @@ class MRPFTrainer(Trainer):
         """
         Validation figures of the best and of the last evaluation of the last `train()`.
 
+        The best is the one that `metric_for_best_model` picked, or else that of the highest robust accuracy.
+
         Returns:
             `dict`: `{"best": {...}, "last": {...}}` with `epoch`, `step`, `eval_accuracy`, `eval_robust_accuracy` each;
             empty where nothing was evaluated.
         """
-        keys = ("epoch", "step", "eval_accuracy", "eval_robust_accuracy")
-        rows = [
-            {key: row[key] for key in keys if key in row}
-            for row in self.state.log_history
-            if "eval_robust_accuracy" in row
-        ]
+        rows: dict[int, dict[str, float]] = {}
+        for row in self.state.log_history:
+            figures = {key: value for key, value in row.items() if key.endswith("accuracy")}
+            if figures:  # several validation splits log one row each
+                rows.setdefault(int(row["step"]), {"epoch": row["epoch"], "step": row["step"]}).update(figures)
         if not rows:
             return {}
-        return {"best": max(rows, key=lambda row: row["eval_robust_accuracy"]), "last": rows[-1]}
+        last = max(rows)
+        best = self.state.best_global_step
+        if best not in rows:
+            name = next((key for key in rows[last] if key.endswith("robust_accuracy")), "eval_accuracy")
+            best = max(rows, key=lambda step: rows[step].get(name, 0.0))
+        return {"best": rows[best], "last": rows[last]}
 
     # ---- Saving -----------------------------------------------------------------------------------------------------
 
@@ -450,3 +499,26 @@ class MRPFTrainer(Trainer):
             commit_message=commit_message or "End of training",
         )
         return push() if blocking else HfApi().run_as_future(push)
+
+
+def _check_classes(model: nn.Module, dataset: Dataset) -> None:
+    """Refuses a network with fewer outputs than the data set has classes, before it fails in mid-training."""
+    images, _ = next(iter(batches(dataset, 1)))
+    weight = next(model.parameters())
+    with eval_mode(model), torch.no_grad():
+        outputs = logits_of(model(images.to(weight.device, weight.dtype))).shape[1]
+    classes = dataset.features["labels"].num_classes
+    if outputs < classes:
+        raise ValueError(f"The data set has {classes} classes and the model {outputs} outputs.")
+
+
+def _size(model: nn.Module, plan: PruningPlan) -> dict[str, int]:
+    weight = next(model.parameters())
+    example = torch.zeros(plan.example_shape, device=weight.device, dtype=weight.dtype)
+    return {"macs": count_macs(model, example), "params": count_parameters(model)}
+
+
+def _with_measured_size(plan: PruningPlan, before: dict[str, int], after: dict[str, int]) -> PruningPlan:
+    """The plan with the sizes that were measured, whatever a hook made of it."""
+    achieved = {metric: after[metric] / before[metric] for metric in after}
+    return dataclasses.replace(plan, before=before, after=after, achieved=achieved)

@@ -17,9 +17,11 @@ import shlex
 import shutil
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from huggingface_hub.utils import validate_repo_id
 from transformers import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -32,8 +34,8 @@ from hf_mrpf.cli import (
     StageProgress,
     announce,
     build_model,
-    is_own_checkpoint,
     load_data,
+    own_config,
     quieten,
     report_errors,
     run_settings,
@@ -52,15 +54,10 @@ from hf_mrpf.run_folder import RunFolder, read_json, write_json
 ATTACKS = ("clean", "fgsm", "pgd20", "cw")
 # A ResNet of one block a stage; its stem has 2 * stem_width channels. About 0.3 M parameters.
 NARROW_RESNET = {"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 128], "stem_type": "deep", "stem_width": 8}
-# The embedded digits: eps at which a normally trained net fails, and a few minutes on two cores.
-DIGITS = {
-    "output_dir": "outputs/digits",
+# The embedded digits: eps at which a normally trained net fails, and settings for a few minutes on two cores.
+DIGITS = {"eps": 0.2, "num_steps": 5, "per_device_train_batch_size": 32, "crop_padding": 1}
+DIGITS_MODEL = {
     "backbone_kwargs": json.dumps(NARROW_RESNET | {"channels": [16, 32, 32, 32]}),  # 59 k parameters
-    "eps": 0.2,
-    "num_steps": 5,
-    "learning_rate": 0.2,
-    "per_device_train_batch_size": 32,
-    "crop_padding": 1,
     "control_epochs": 8.0,
     "base_epochs": 28.0,
     "num_train_epochs": 20.0,
@@ -81,18 +78,18 @@ def parse_arguments():
     usage = "accelerate launch recipes/prune.py [options]"
     parser = GroupedParser(groups, usage=usage, description=__doc__.split("\n\n")[0])
     parser.set_defaults(**EVERY_RUN)
-    known, _ = parser.parse_known_args()
-    if known.model_name_or_path is None:
-        parser.set_defaults(
-            model_name_or_path="timm/resnet18", small_images=True, backbone_kwargs=json.dumps(NARROW_RESNET)
-        )
-    if known.dataset_name is not None:
-        parser.set_defaults(output_dir=f"outputs/{Path(known.dataset_name).name}")
-    elif known.model_name_or_path is None:
-        parser.set_defaults(**DIGITS)
-    else:
-        # A model that was named may be trained already: whether its base is trained follows from it.
-        parser.set_defaults(**DIGITS | {"backbone_kwargs": None, "base_epochs": None})
+    # Defaults follow from the data and the model; with none named, --help shows those of the embedded run.
+    known, _ = parser.parse_known_args([option for option in sys.argv[1:] if option not in ("-h", "--help")])
+    embedded, named = known.dataset_name in (None, "digits"), known.model_name_or_path
+    folder = "digits" if embedded else Path(known.dataset_name).name
+    parser.set_defaults(output_dir=f"outputs/{folder}-{Path(named).name}" if named else f"outputs/{folder}")
+    if named is None:
+        narrow = {"model_name_or_path": "timm/resnet18", "small_images": True}
+        parser.set_defaults(**narrow, backbone_kwargs=json.dumps(NARROW_RESNET))
+    if embedded:
+        parser.set_defaults(**DIGITS if named else DIGITS | DIGITS_MODEL)
+        if known.optim == "sgd":
+            parser.set_defaults(learning_rate=0.2)
     return parser.parse_args_into_dataclasses()
 
 
@@ -109,7 +106,12 @@ def main() -> None:
         push_result(run, args)
         return
 
-    data = load_data(data_args, model_args.image_size, args.seed)
+    if args.hub_model_id:
+        validate_repo_id(args.hub_model_id)
+    if find_spec("matplotlib") is None:
+        raise ImportError("The picture of the pruning plan needs matplotlib: pip install hf-mrpf[plots].")
+    start = own_config(model_args.model_name_or_path, model_args.model_revision)
+    data = load_data(data_args, model_args.image_size or (start and start.image_size), args.seed)
     args.horizontal_flip = args.horizontal_flip and data.flip
     torch.manual_seed(args.seed)
     model = build_model(model_args, data).to(args.device)
@@ -120,14 +122,14 @@ def main() -> None:
 
     with run:
         dense = dense_stage(run, model, data, model_args, args)
-        control = control_stage(run, data, model_args, args)
+        control = control_stage(run, model.config, data, model_args, args)
         pruned, plan = pruned_stage(run, dense, data, args)
         finetuned = finetuned_stage(run, pruned, data, args)
         if args.process_index == 0:
             models = {"dense": dense, "pruned": pruned, "fine-tuned": finetuned}
             reports = test_reports(models | ({"control": control} if control else {}), data, args)
             rows = result_rows(run, models, reports, args)
-            write_result(run, finetuned, plan, reports, rows, data, model_args, args)
+            write_result(run, finetuned, plan, reports, rows, data, args)
             run.finish()
             push_result(run, args)
         args.distributed_state.wait_for_everyone()
@@ -179,9 +181,13 @@ def train(run: RunFolder, stage: str, model, data: ImageData, args: MRPFConfig, 
     stage_args = dataclasses.replace(args, output_dir=str(folder), push_to_hub=False, **changes)
     trainer = make_trainer(model, data, stage_args)
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    wanted = args.resume_from_checkpoint
+    if wanted and Path(wanted).resolve().parent == folder.resolve():  # a place in this stage, not in another
+        last = wanted
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or last)
-    result = {"seconds": round(time.perf_counter() - start, 1), "epochs": stage_args.num_train_epochs}
+    trainer.train(resume_from_checkpoint=last)
+    result = {"epochs": round(trainer.state.epoch, 2), "steps": trainer.state.global_step}
+    result |= {"seconds": round(time.perf_counter() - start, 1), "resumed_from": last and Path(last).name}
     return trainer.model, result | trainer.best_and_last()
 
 
@@ -202,6 +208,14 @@ def finished_model(run: RunFolder, stage: str, args: MRPFConfig) -> PrunedForIma
     return PrunedForImageClassification.from_pretrained(run.stage(stage) / "model").to(args.device)
 
 
+def trained(objective: str, result: dict) -> str:
+    """What a stage's training did, in a few words."""
+    if not result["epochs"]:
+        return "taken as it is"
+    since = f" since {result['resumed_from']}" if result["resumed_from"] else ""
+    return f"{objective} for {result['epochs']:g} epochs, {result['seconds']} s{since}"
+
+
 def validation_figures(result: dict) -> str:
     best = result.get("best")
     if not best:
@@ -219,29 +233,28 @@ def dense_stage(run: RunFolder, model, data: ImageData, model_args: ModelArgumen
         return finished
     epochs = model_args.base_epochs
     if epochs is None:
-        epochs = 0 if is_own_checkpoint(model_args.model_name_or_path, model_args.model_revision) else 20
+        epochs = 0 if own_config(model_args.model_name_or_path, model_args.model_revision) else 20
     result = {"epochs": 0}
     if epochs:
         model, result = train(run, "dense", model, data, args, num_train_epochs=epochs)
     finish(run, "dense", model, result, args)
-    done = f"{args.objective} for {epochs:g} epochs in {result['seconds']} s" if epochs else "taken as it is"
-    say(args, f"[dense] {done}{validation_figures(result)}")
+    say(args, f"[dense] {trained(args.objective, result)}{validation_figures(result)}")
     return model
 
 
-def control_stage(run: RunFolder, data: ImageData, model_args: ModelArguments, args: MRPFConfig):
-    """The same network trained without any attack: at a fair eps it must fail under attack."""
+def control_stage(run: RunFolder, config, data: ImageData, model_args: ModelArguments, args: MRPFConfig):
+    """The same network, from fresh weights, trained without any attack: at a fair eps it must fail under attack."""
     if not model_args.control_epochs:
         return None
     if finished := finished_model(run, "control", args):
         return finished
     torch.manual_seed(args.seed)
-    model = build_model(model_args, data).to(args.device)
+    model = PrunedForImageClassification(config).to(args.device)
     changes = {"objective": "standard", "num_train_epochs": model_args.control_epochs}
     changes |= {"load_best_model_at_end": False, "eval_strategy": "no", "save_strategy": "no"}
     model, result = train(run, "control", model, data, args, **changes)
     finish(run, "control", model, result, args)
-    say(args, f"[control] standard training for {model_args.control_epochs:g} epochs in {result['seconds']} s")
+    say(args, f"[control] {trained('standard', result)}")
     return model
 
 
@@ -278,8 +291,7 @@ def finetuned_stage(run: RunFolder, pruned, data: ImageData, args: MRPFConfig):
     if args.num_train_epochs or args.max_steps > 0:
         model, result = train(run, "fine-tuned", model, data, args)
     finish(run, "fine-tuned", model, result, args)
-    done = f"{args.objective} for {result['epochs']:g} epochs in {result.get('seconds', 0)} s"
-    say(args, f"[fine-tuned] {done}{validation_figures(result)}")
+    say(args, f"[fine-tuned] {trained(args.objective, result)}{validation_figures(result)}")
     return model
 
 
@@ -323,7 +335,7 @@ def result_rows(run: RunFolder, models: dict, reports: dict, args: MRPFConfig) -
     ]
 
 
-def write_result(run: RunFolder, model, plan: PruningPlan, reports, rows, data: ImageData, model_args, args) -> None:
+def write_result(run: RunFolder, model, plan: PruningPlan, reports, rows, data: ImageData, args) -> None:
     """Writes everything into a draft, then moves it into the output folder at once."""
     draft = run.stage("result")
     shutil.rmtree(draft, ignore_errors=True)
@@ -340,47 +352,49 @@ def write_result(run: RunFolder, model, plan: PruningPlan, reports, rows, data: 
         "data": data.description,
     }
     write_json(draft / "robustness_report.json", report)
-    card_info(model, plan, reports, rows, stages, data, model_args, args).save(draft / "README.md")
+    info = card_info(model, plan, reports, rows, stages, data, args)
+    write_json(run.stage("card.json"), info.to_dict())  # what the card can be rendered from again
+    render_card(info).save(draft / "README.md")
     run.publish(draft)
     say(args, results_table(rows))
     say(args, f"result in {run.path}")
 
 
-def card_info(model, plan, reports, rows, stages, data: ImageData, model_args, args):
-    """The model card of the result."""
+def card_info(model, plan, reports, rows, stages, data: ImageData, args: MRPFConfig) -> CardInfo:
+    """Everything the model card of the result says."""
     names = ("objective", "beta", "norm", "eps", "num_steps", "optim", "learning_rate", "weight_decay")
-    names += ("lr_scheduler_type", "per_device_train_batch_size", "num_train_epochs")
+    names += ("lr_scheduler_type", "per_device_train_batch_size")
+    settings = {name: str(getattr(value := getattr(args, name), "value", value)) for name in names}
+    settings |= {f"epochs of the {stage} model": stages[stage]["epochs"] for stage in ("dense", "fine-tuned")}
     control = reports.get("control")
     command = "accelerate launch " + shlex.join(sys.argv)
     if args.hub_token:
         command = command.replace(args.hub_token, "***")
     change = paired_difference(reports["fine-tuned"], reports["dense"], "pgd20")
-    return render_card(
-        CardInfo(
-            model_name=args.hub_model_id.split("/")[-1] if args.hub_model_id else Path(args.output_dir).name,
-            repo_id=args.hub_model_id,
-            backbone=model.config.backbone.get("name") or model.config.backbone["config"]["model_type"],
-            image_size=model.config.image_size,
-            class_names=data.class_names,
-            dataset_id=data.name,
-            dataset_config=data.description["dataset_config_name"],
-            dataset_on_hub="/" in data.name,
-            rows=rows,
-            control=ResultRow.from_report("the same network, ordinary training", control) if control else None,
-            plan=PlanSummary.from_plan(plan),
-            pruning_steps=stages["pruned"]["steps"],
-            selection={key: stages["fine-tuned"][key] for key in ("best", "last") if key in stages["fine-tuned"]},
-            training={name: str(getattr(value := getattr(args, name), "value", value)) for name in names},
-            figure="mrs.png",
-            notes=[
-                "The test split was read once, after every choice had been made on the validation split.",
-                f"Fine-tuned minus dense under PGD-20, image by image: {100 * change.difference:+.1f} points, "
-                f"95 % interval [{100 * change.interval[0]:+.1f}, {100 * change.interval[1]:+.1f}].",
-            ],
-            versions=reports["fine-tuned"].versions,
-            seed=args.seed,
-            command=command,
-        )
+    return CardInfo(
+        model_name=args.hub_model_id.split("/")[-1] if args.hub_model_id else Path(args.output_dir).name,
+        repo_id=args.hub_model_id,
+        backbone=model.config.backbone.get("name") or model.config.backbone["config"]["model_type"],
+        image_size=model.config.image_size,
+        class_names=data.class_names,
+        dataset_id=data.name,
+        dataset_config=data.description["dataset_config_name"],
+        dataset_on_hub="/" in data.name,
+        rows=rows,
+        control=ResultRow.from_report("the same network, ordinary training", control) if control else None,
+        plan=PlanSummary.from_plan(plan),
+        pruning_steps=stages["pruned"]["steps"],
+        selection={key: stages["fine-tuned"][key] for key in ("best", "last") if key in stages["fine-tuned"]},
+        training=settings,
+        figure="mrs.png",
+        notes=[
+            "The test split was read once, after every choice had been made on the validation split.",
+            f"Fine-tuned minus dense under PGD-20, image by image: {100 * change.difference:+.1f} points, "
+            f"95 % interval [{100 * change.interval[0]:+.1f}, {100 * change.interval[1]:+.1f}].",
+        ],
+        versions=reports["fine-tuned"].versions,
+        seed=args.seed,
+        command=command,
     )
 
 

@@ -169,7 +169,7 @@ def test_accuracy_under_pgd20_is_that_of_torchattacks_within_noise():
     torchattacks = pytest.importorskip("torchattacks")
     images, labels = torch.rand(256, 3, 8, 8), torch.randint(0, 5, (256,))
     net = fitted_net(images, labels, steps=60)
-    attack = AttackConfig(eps=1 / 255, num_steps=20)
+    attack = AttackConfig(eps=2 / 255, num_steps=20)
     theirs = torchattacks.PGD(net, eps=attack.eps, alpha=attack.step, steps=20)(images, labels)
     ours = pgd_attack(net, images, labels, attack)
     clean, robust, reference = ((net(x).argmax(1) == labels).float().mean() for x in (images, ours, theirs))

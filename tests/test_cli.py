@@ -1,6 +1,7 @@
 """Command-line options: groups in the help, fractions, one message for an error, the model that is named."""
 
 import argparse
+import dataclasses
 import json
 
 import pytest
@@ -13,9 +14,9 @@ from hf_mrpf.cli import (
     RunArguments,
     StageProgress,
     build_model,
-    is_own_checkpoint,
     load_data,
     number,
+    own_config,
     report_errors,
     run_settings,
 )
@@ -80,10 +81,13 @@ def test_the_named_model_is_built_with_the_classes_and_statistics_of_the_data(da
     assert (model.config.num_labels, model.config.image_size) == (10, 16)
     assert model.config.image_mean == pytest.approx(data.image_mean)
     model.save_pretrained(tmp_path / "model")
-    assert is_own_checkpoint(str(tmp_path / "model"))
-    assert not is_own_checkpoint("timm/resnet18")
-    assert not is_own_checkpoint("resnet18")
+    assert own_config(str(tmp_path / "model")).image_size == 16
+    assert own_config("timm/resnet18") is None
+    assert own_config("resnet18") is None
     again = build_model(ModelArguments(str(tmp_path / "model")), data)
+    renamed = dataclasses.replace(data, class_names=[f"digit {i}" for i in range(10)])
+    with pytest.raises(ValueError, match="same classes in the same order"):
+        build_model(ModelArguments(str(tmp_path / "model")), renamed)
     assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in model.parameters())
 
 
@@ -93,7 +97,9 @@ def test_a_model_that_does_not_fit_is_refused(data, tmp_path):
     with pytest.raises(ValueError, match="--backbone_kwargs .* is not a JSON object"):
         build_model(ModelArguments("timm/resnet18", backbone_kwargs="[1]"), data)
     with pytest.raises(ValueError, match=r"without config.json"):
-        is_own_checkpoint(str(tmp_path))
+        own_config(str(tmp_path))
+    with pytest.raises(ValueError, match="nosuch: there is no such folder"):
+        own_config("./nosuch")
     with pytest.raises(ValueError, match="resnet"):
         build_model(ModelArguments("timm/resnet18x"), data)
 

@@ -57,17 +57,24 @@ def test_a_second_live_writer_is_refused_with_the_pid_of_the_first(tmp_path):
             RunFolder(tmp_path, SETTINGS),
         ):
             pass
+        with pytest.raises(ValueError, match="written by another run"):
+            RunFolder(tmp_path, SETTINGS).check()  # so a recipe learns it before it loads anything
     finally:
         writer.kill()
         writer.wait()
     with RunFolder(tmp_path, SETTINGS):  # the lock of a killed writer is gone with it
-        assert read_json(tmp_path / "run.json")["pid"] == os.getpid()
+        assert (tmp_path / "run.lock").read_text() == f"{os.getpid()}\n"
 
 
 def test_files_that_are_no_run_are_not_taken_for_one(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"holds config.json but no run.json"):
         RunFolder(tmp_path, SETTINGS).check()
+    (tmp_path / "run.json").write_text('{"settings": ')
+    with pytest.raises(ValueError, match=r"run.json is not valid JSON.*--overwrite_output_dir starts"):
+        RunFolder(tmp_path, SETTINGS).check()
+    with RunFolder(tmp_path, SETTINGS, overwrite=True) as run:
+        assert not run.finished
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(ValueError, match="is a file; give a folder"):

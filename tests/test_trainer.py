@@ -148,6 +148,57 @@ def test_a_hook_cannot_smuggle_in_a_plan_of_another_model(tmp_path, data, model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
 
 
+def test_the_sizes_of_a_changed_plan_are_measured_not_believed(tmp_path, data, model):
+    whole = plan_pruning(model, torch.zeros(1, 3, 16, 16), target=0.5, allocation="uniform")
+    everything = {unit.name: list(range(unit.width)) for unit in whole.units}
+    lying = dataclasses.replace(whole, kept=everything, ratios=dict.fromkeys(everything, 0.0))
+    applied = MRPFTrainer(model, quick(tmp_path), data.train, callbacks=[Recorder(lying)]).prune()
+    assert applied.achieved == {"macs": 1.0, "params": 1.0}
+    assert applied.after == applied.before == whole.before
+    with pytest.raises(ValueError, match=r"ratios: unit .* keeps 16 of 16 channels"):
+        dataclasses.replace(whole, kept=everything)
+    with pytest.raises(ValueError, match="on_plan_end returned a dict; return a PruningPlan"):
+        MRPFTrainer(model, quick(tmp_path), data.train, callbacks=[Recorder({})]).prune()
+
+
+def test_predict_and_prune_take_what_evaluate_takes(tmp_path, data, model):
+    splits = {"a": data.validation, "b": data.test}
+    trainer = MRPFTrainer(model, quick(tmp_path), data.train, splits)
+    prediction = trainer.predict(data.test)
+    assert prediction.predictions[0].shape == (len(data.test), 10)
+    assert prediction.metrics["test_robust_accuracy"] == trainer.evaluate()["eval_b_robust_accuracy"]
+    trainer.prune()
+    assert trainer.pruning_report["removed"]["num_samples"] == len(data.validation)
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, data, model):
+    each_step = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4, "warmup_steps": 0}
+    trainer = MRPFTrainer(model, quick(tmp_path, learning_rate=1e38, objective="standard", **each_step), data.train)
+    with pytest.raises(ValueError, match=r"training stopped. Last checkpoint with finite weights: (none|.*checkpoint)"):
+        trainer.train()
+    for checkpoint in tmp_path.glob("checkpoint-*"):
+        loaded = PrunedForImageClassification.from_pretrained(checkpoint)
+        assert all(p.isfinite().all() for p in loaded.parameters())
+    net = plain_net()
+    last = MRPFTrainer(net, quick(tmp_path / "new", max_steps=1), data.train)
+    with torch.no_grad():
+        next(net.parameters()).fill_(float("nan"))
+    with pytest.raises(ValueError, match="none was saved yet"):
+        last.train()
+
+
+def test_a_plain_network_with_too_few_outputs_and_a_bare_loss_are_refused(tmp_path, data):
+    few = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 4))
+    with pytest.raises(ValueError, match="data set has 10 classes and the model 4 outputs"):
+        MRPFTrainer(few, quick(tmp_path), data.train)
+
+    def bare(model, images, labels, attack, **kwargs):
+        return nn.functional.cross_entropy(model(images), labels)
+
+    with pytest.raises(ValueError, match="returned a Tensor; it must return an ObjectiveOutput"):
+        MRPFTrainer(plain_net(), quick(tmp_path, objective=bare), data.train).train()
+
+
 def test_a_given_plan_is_applied_as_it_is(tmp_path, data, model):
     plan = plan_pruning(model, torch.zeros(1, 3, 16, 16), target=0.6, allocation="uniform", importance="random")
     trainer = MRPFTrainer(model, quick(tmp_path, repair=False, recalibration_samples=0), data.train, data.validation)
@@ -159,7 +210,7 @@ def test_prune_refuses_what_it_would_break(tmp_path, data, model):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="was given an optimizer"):
         MRPFTrainer(model, quick(tmp_path), data.train, optimizers=(optimizer, None)).prune()
-    with pytest.raises(ValueError, match="train_dataset, which is missing"):
+    with pytest.raises(ValueError, match="a datasets.Dataset; here it is NoneType"):
         MRPFTrainer(model, quick(tmp_path)).prune()
     with pytest.raises(ValueError, match="needs an MRPFConfig"):
         MRPFTrainer(model, {"output_dir": str(tmp_path)}, data.train)
@@ -215,6 +266,22 @@ def test_the_best_epoch_is_loaded_and_best_and_last_are_reported(tmp_path, data,
     checkpoint = get_last_checkpoint(str(tmp_path))
     again = PrunedForImageClassification.from_pretrained(checkpoint)
     assert torch.equal(again.backbone.fc.weight, weights[2])
+
+
+def test_best_and_last_follow_the_metric_that_picks_the_checkpoint(tmp_path, data, model):
+    scripted = iter([(0.9, 0.1), (0.2, 0.8)])
+
+    class Scripted(MRPFTrainer):
+        def _metrics(self, prediction):
+            return dict(zip(("accuracy", "robust_accuracy"), next(scripted), strict=True))
+
+    each_epoch = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+    args = quick(tmp_path, num_train_epochs=2, objective="standard", metric_for_best_model="accuracy", **each_epoch)
+    trainer = Scripted(model, args, data.train, data.validation)
+    trainer.train()
+    figures = trainer.best_and_last()
+    assert figures["best"]["epoch"] == 1
+    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{figures['best']['step']}")
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_checkpoint(tmp_path, data):
@@ -279,7 +346,14 @@ def test_an_evaluation_before_training_does_not_mark_the_model_as_prepared(tmp_p
         ({"eps": 8}, r"8.*8/255"),
         ({"min_channels": 0}, r"min_channels=0 must be a whole number, at least 1"),
         ({"calibration_sets": True}, r"calibration_sets=True must be a whole number"),
-        ({"gamma": float("inf")}, r"gamma=inf must be a finite number"),
+        ({"gamma": float("inf")}, r"gamma=inf must be in \[0, 1\]"),
+        ({"gamma": 5.0}, r"gamma=5.0 must be in \[0, 1\]"),
+        ({"beta": -1.0}, r"beta=-1.0 must be a finite number, at least 0"),
+        ({"crop_padding": -1}, r"crop_padding=-1 must be at least 0"),
+        ({"sensitivity_steps": 0}, r"sensitivity_steps=0 must be at least 1"),
+        ({"sensitivity_steps": 3, "sensitivity_method": "first_order"}, r"goes with ascent or exact only"),
+        ({"seed": -1}, r"seed=-1 must be at least 0"),
+        ({"max_ratio": "a"}, r"max_ratio=a must be in"),
     ],
 )
 def test_config_names_what_is_wrong_and_what_is_known(tmp_path, changes, message):
