@@ -96,7 +96,8 @@ def refused(client, code, **options):
 
 
 def digest(folder: Path) -> dict:
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "run.lock"]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 # ---- Publish --------------------------------------------------------------------------------------------------------
