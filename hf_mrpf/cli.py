@@ -15,7 +15,7 @@ from transformers import AutoConfig, HfArgumentParser, ProgressCallback, Trainin
 
 from .config import MRPFConfig
 from .data import ImageData, load_image_data
-from .modeling import PrunedConfig, PrunedForImageClassification
+from .modeling import PrunedConfig, PrunedForImageClassification, with_new_head
 
 FRACTIONS = ("eps", "step_size")
 ATTACK_OPTIONS = ("objective", "beta", "norm", "eps", "step_size", "num_steps", "random_start", "eval_num_steps")
@@ -88,7 +88,9 @@ class ModelArguments:
     )
     base_epochs: float | None = field(
         default=None,
-        metadata={"help": "Epochs of adversarial training of the dense model; 0 for a trained model of ours, else 20."},
+        metadata={
+            "help": "Epochs of adversarial training of the dense model; 0 for one of ours with these classes, else 20."
+        },
     )
 
 
@@ -231,13 +233,16 @@ def build_model(arguments: ModelArguments, data: ImageData) -> PrunedForImageCla
     if config := own_config(name, arguments.model_revision):
         classes = list((config.id2label or {}).values())
         unnamed = classes == [f"LABEL_{index}" for index in range(len(classes))]
-        if len(classes) != len(data.class_names) or not (unnamed or classes == data.class_names):
+        if len(classes) == len(data.class_names) and not (unnamed or classes == data.class_names):
             raise ValueError(
                 f"{name} has the {len(classes)} classes {', '.join(classes[:4])}..., the data set the "
                 f"{len(data.class_names)} classes {', '.join(data.class_names[:4])}...; give a data set with the same "
                 "classes in the same order, or a backbone to train from scratch."
             )
-        return PrunedForImageClassification.from_pretrained(name, revision=arguments.model_revision)
+        model = PrunedForImageClassification.from_pretrained(name, revision=arguments.model_revision)
+        if len(classes) == len(data.class_names):
+            return model
+        return with_new_head(model, dict(enumerate(data.class_names)))
     kwargs = _json_object(arguments.backbone_kwargs) if arguments.backbone_kwargs else {}
     # Trained weights expect the normalisation they were trained with, fresh ones the data's own.
     timm_name = name.removeprefix("timm/")

@@ -3,6 +3,7 @@
 This file is copied beside the weights of every saved model (`trust_remote_code`), so it imports nothing of `hf_mrpf`.
 """
 
+import copy
 import difflib
 import inspect
 import json
@@ -423,6 +424,45 @@ def apply_pruning(model: PrunedForImageClassification, record: dict[str, Any]) -
             holds other than positive sizes. The model is then unchanged.
     """
     _apply_record(model.backbone, record)
+
+
+def with_new_head(model: PrunedForImageClassification, id2label: dict[int, str]) -> PrunedForImageClassification:
+    r"""
+    Give a trained model, dense or pruned, other classes: everything is copied but the layers whose size follows their
+    number, which are random.
+
+    Args:
+        model ([`PrunedForImageClassification`]):
+            The trained model; it is left as it is.
+        id2label (`dict[int, str]`):
+            Name of each class.
+
+    Returns:
+        [`PrunedForImageClassification`] on the same device, pruned as `model` is.
+
+    Raises:
+        ValueError: if the number of classes is that of `model`: then it is not known whether the head fits.
+    """
+    if len(id2label) == model.config.num_labels:
+        raise ValueError(f"the model has {len(id2label)} classes already: give id2label another number of them")
+    config, record = copy.deepcopy(model.config), describe_pruning(model)
+    config.id2label = {int(index): str(label) for index, label in id2label.items()}
+    config.label2id = {label: index for index, label in config.id2label.items()}
+    config.pruning = None
+    with torch.device("meta"):
+        before, after = (_tensors(_build_backbone(each)) for each in (model.config, config))
+    if record is not None:
+        for name, shape in record["shapes"].items():
+            sizes = zip(before[name].shape, after[name].shape, shape, strict=True)
+            record["shapes"][name] = [size if old == new else new for old, new, size in sizes]
+        config.pruning = record
+    head = {name for name, tensor in after.items() if tensor.shape != before[name].shape}
+    other: Any = type(model)(config)
+    other.load_state_dict(
+        {name: tensor for name, tensor in model.state_dict().items() if name not in head}, strict=False
+    )
+    other.train(model.training)
+    return other.to(model.device)
 
 
 def _apply_record(network: nn.Module, record: Any) -> None:

@@ -233,7 +233,9 @@ def dense_stage(run: RunFolder, model, data: ImageData, model_args: ModelArgumen
         return finished
     epochs = model_args.base_epochs
     if epochs is None:
-        epochs = 0 if own_config(model_args.model_name_or_path, model_args.model_revision) else 20
+        own = own_config(model_args.model_name_or_path, model_args.model_revision)
+        # Other classes mean a new head, which must be trained.
+        epochs = 0 if own and own.num_labels == model.config.num_labels else 20
     result = {"epochs": 0}
     if epochs:
         model, result = train(run, "dense", model, data, args, num_train_epochs=epochs)
