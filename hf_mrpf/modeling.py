@@ -348,7 +348,12 @@ class PrunedForImageClassification(PreTrainedModel):
         self.config.pruning = describe_pruning(self)
         # The record speaks of the model's own tensor names.
         kwargs.setdefault("save_original_format", False)
+        push = kwargs.pop("push_to_hub", False)
+        names = ("repo_id", "private", "token", "revision", "commit_message") if push else ()
+        hub = {name: kwargs.pop(name) for name in names if name in kwargs}
         super().save_pretrained(save_directory, *args, **kwargs)
+        if push:  # in its own way: transformers would send another card
+            self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), **hub)
 
     def initialize_weights(self) -> None:
         """Do nothing: the backbone's constructor initialises it, and trained weights must stay."""

@@ -15,6 +15,17 @@ ALICE, BOB = "hf_" + "a1B2" * 9, "hf_" + "c3D4" * 9
 FILES = {"model.safetensors", "config.json", "preprocessor_config.json", "modeling.py", "README.md"}
 RECORD = {"pruning_plan.json", "robustness_report.json", "mrs.png"}
 
+FIGURES = b"""---
+model-index:
+- name: old
+  results:
+  - task: {type: image-classification}
+    dataset: {type: digits, name: digits}
+    metrics: [{type: accuracy, value: 0.9}]
+---
+# old
+"""
+
 BUILD = """
 import hf_mrpf
 torch.manual_seed(given.get("seed", 0))
@@ -85,6 +96,13 @@ def published(client, server, saved):
     """The id of the saved model on the Hub."""
     assert client.recipe("push", str(saved), "alice/published", token=ALICE) == 0, client.stderr
     return "alice/published"
+
+
+@pytest.fixture(scope="module")
+def sharded(client, place):
+    folder = place / "sharded"
+    client.run(BUILD + "model.save_pretrained(given['folder'], max_shard_size='20KB')", folder=str(folder))
+    return folder
 
 
 def refused(client, code, **options):
@@ -192,12 +210,21 @@ def test_a_bare_model_sends_what_makes_it_load_and_run(client, hub):
     assert "- mine\n" in card and "model-index" not in card
 
 
+def test_saving_can_push_too(client, hub, place):
+    code = BUILD + "model.save_pretrained(given['folder'], push_to_hub=True, private=True, token=given['hub_token'])"
+    client.run(code, folder=str(place / "both"), hub_token=ALICE)
+    assert hub.repositories["alice/both"].private
+    assert set(hub.files("alice/both")) == FILES == {path.name for path in (place / "both").iterdir()} | {"README.md"}
+    assert b"claims neither accuracy" in hub.files("alice/both")["README.md"]
+
+
 def test_a_bare_push_keeps_a_card_without_figures_and_drops_figures_of_other_weights(client, hub):
     words = b"---\nlicense: mit\n---\n# My own words\n"
     hub.put("alice/worded", {"README.md": words, "notes.txt": b"mine"})
     client.run(BUILD + "model.push_to_hub('alice/worded')", token=ALICE)
     assert b"My own words" in hub.files("alice/worded")["README.md"]
-    hub.put("alice/worded", hub.files("lab/trained") | {"notes.txt": b"mine"})
+    record = dict.fromkeys(RECORD, b"of other weights")
+    hub.put("alice/worded", {"README.md": FIGURES, "notes.txt": b"mine"} | record)
     client.run(BUILD + "model.push_to_hub('alice/worded')", token=ALICE)
     files = hub.files("alice/worded")
     assert set(files) == FILES | {"notes.txt"}
@@ -215,10 +242,8 @@ def test_push_sends_the_result_and_nothing_else_of_a_run_folder(client, hub, sav
     assert len(hub.repositories[published].messages) == 2  # nothing has changed, so there is no second commit
 
 
-def test_shards_of_an_older_push_go_and_files_of_others_stay(client, hub, place):
-    folder = str(place / "sharded")
-    client.run(BUILD + "model.save_pretrained(given['folder'], max_shard_size='20KB')", folder=folder)
-    assert client.recipe("push", folder, "alice/shards", token=ALICE) == 0, client.stderr
+def test_shards_of_an_older_push_go_and_files_of_others_stay(client, hub, sharded):
+    assert client.recipe("push", str(sharded), "alice/shards", token=ALICE) == 0, client.stderr
     names = set(hub.files("alice/shards"))
     shards = {name for name in names if name.startswith("model-")}
     assert len(shards) > 1
@@ -444,9 +469,8 @@ def test_a_repository_that_lacks_a_file_is_one_message(client, hub, saved, lacki
     assert not [request for request in hub.requests if "convert" in request or "discussions" in request]
 
 
-def test_an_index_with_a_shard_that_is_not_there(client, hub, place):
-    folder = place / "sharded"
-    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+def test_an_index_with_a_shard_that_is_not_there(client, hub, sharded):
+    files = {path.name: path.read_bytes() for path in sharded.iterdir() if path.is_file()}
     gone = sorted(name for name in files if name.startswith("model-"))[0]
     del files[gone]
     hub.put("alice/lacks-a-shard", files)
