@@ -221,6 +221,12 @@ def report_errors(main: Callable[[], None]) -> None:
             torch.distributed.destroy_process_group()
 
 
+def starts_fresh(arguments: ModelArguments) -> bool:
+    """Whether the named model is a bare architecture, with random weights."""
+    name = str(arguments.model_name_or_path).removeprefix("timm/")
+    return not (arguments.pretrained or "/" in name or "." in name or Path(name).is_dir())
+
+
 def build_model(arguments: ModelArguments, data: ImageData) -> PrunedForImageClassification:
     """The dense (or already pruned) model that the options name, with the classes of the data set."""
     name = arguments.model_name_or_path
@@ -240,8 +246,7 @@ def build_model(arguments: ModelArguments, data: ImageData) -> PrunedForImageCla
         return PrunedForImageClassification.from_pretrained(name, revision=arguments.model_revision)
     kwargs = _json_object(arguments.backbone_kwargs) if arguments.backbone_kwargs else {}
     # Trained weights expect the normalisation they were trained with, fresh ones the data's own.
-    timm_name = name.removeprefix("timm/")
-    fresh = not (arguments.pretrained or "/" in timm_name or "." in timm_name or Path(name).is_dir())
+    fresh = starts_fresh(arguments)
     return PrunedForImageClassification.from_backbone(
         name,
         id2label=dict(enumerate(data.class_names)),

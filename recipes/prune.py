@@ -39,6 +39,7 @@ from hf_mrpf.cli import (
     quieten,
     report_errors,
     run_settings,
+    starts_fresh,
 )
 from hf_mrpf.data import ImageData, calibration_batches
 from hf_mrpf.efficiency import count_macs, count_parameters, file_size, measure_latency
@@ -212,9 +213,17 @@ def dense_stage(run: RunFolder, model, data: ImageData, model_args: ModelArgumen
     epochs = model_args.base_epochs
     if epochs is None:
         epochs = 0 if own_config(model_args.model_name_or_path, model_args.model_revision) else 20
+    start = "fresh weights"
+    if config := own_config(model_args.model_name_or_path, model_args.model_revision):
+        start = (
+            f"{Path(model_args.model_name_or_path).name}, {'pruned before' if config.pruning else 'not pruned before'}"
+        )
+    elif not starts_fresh(model_args):
+        start = f"pretrained {model_args.model_name_or_path}"
     result = {"epochs": 0}
     if epochs:
         model, result = train(run, "dense", model, data, args, num_train_epochs=epochs)
+    result["start"] = start
     finish(run, "dense", model, result, args)
     say(args, f"[dense] {trained(args.objective, result)}{validation_figures(result)}")
     return model
@@ -344,6 +353,8 @@ def card_info(model, plan, reports, rows, stages, data: ImageData, args: MRPFCon
     names += ("lr_scheduler_type", "per_device_train_batch_size")
     settings = {name: str(getattr(value := getattr(args, name), "value", value)) for name in names}
     settings |= {f"epochs of the {stage} model": stages[stage]["epochs"] for stage in ("dense", "fine-tuned")}
+    settings |= {"dense model started from": stages["dense"].get("start", "fresh weights")}
+    settings |= {"backbone arguments": json.dumps(model.config.backbone.get("kwargs", {}))}
     control = reports.get("control")
     change = paired_difference(reports["fine-tuned"], reports["dense"], "pgd20")
     return CardInfo(
