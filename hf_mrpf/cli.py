@@ -97,6 +97,9 @@ class RunArguments:
     """What happens to the output folder."""
 
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Start again in a folder that holds a run."})
+    card_note: str | None = field(
+        default=None, metadata={"help": "A sentence for the card, such as what is special about a copy of the data."}
+    )
 
 
 def number(text: str) -> float:

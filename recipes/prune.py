@@ -125,7 +125,7 @@ def main() -> None:
             models = {"dense": dense, "pruned": pruned, "fine-tuned": finetuned}
             reports = test_reports(models | ({"control": control} if control else {}), data, args)
             rows = result_rows(run, models, reports, args)
-            write_result(run, finetuned, plan, reports, rows, data, args)
+            write_result(run, finetuned, plan, reports, rows, data, run_args, args)
             run.finish()
         args.distributed_state.wait_for_everyone()
 
@@ -322,7 +322,7 @@ def result_rows(run: RunFolder, models: dict, reports: dict, args: MRPFConfig) -
     ]
 
 
-def write_result(run: RunFolder, model, plan: PruningPlan, reports, rows, data: ImageData, args) -> None:
+def write_result(run: RunFolder, model, plan: PruningPlan, reports, rows, data: ImageData, run_args, args) -> None:
     """Writes everything into a draft, then moves it into the output folder at once."""
     draft = run.stage("result")
     shutil.rmtree(draft, ignore_errors=True)
@@ -340,6 +340,8 @@ def write_result(run: RunFolder, model, plan: PruningPlan, reports, rows, data: 
     }
     write_json(draft / "robustness_report.json", report)
     info = card_info(model, plan, reports, rows, stages, data, args)
+    if run_args.card_note:
+        info = dataclasses.replace(info, notes=[*info.notes, run_args.card_note])
     write_json(run.stage("card.json"), info.to_dict())  # what the card can be rendered from again
     render_card(info).save(draft / "README.md")
     run.publish(draft)
