@@ -12,10 +12,10 @@ prune: $(READY)
 	$(BIN)/accelerate launch recipes/prune.py
 
 test: $(READY)
-	$(PYTEST) -m "not slow" --cov=hf_mrpf --cov-report=term
+	$(PYTEST) -m "not slow" --cov=hf_mrpf --cov-report=term --cov-fail-under=90
 
 test-all: $(READY)
-	$(PYTEST) --cov=hf_mrpf --cov-report=term
+	$(PYTEST) --cov=hf_mrpf --cov-report=term --cov-fail-under=90
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -99,6 +99,9 @@ class RunArguments:
     """What happens to the output folder."""
 
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Start again in a folder that holds a run."})
+    card_note: str | None = field(
+        default=None, metadata={"help": "A sentence for the card, such as what is special about a copy of the data."}
+    )
 
 
 def number(text: str) -> float:
@@ -223,6 +226,12 @@ def report_errors(main: Callable[[], None]) -> None:
             torch.distributed.destroy_process_group()
 
 
+def starts_fresh(arguments: ModelArguments) -> bool:
+    """Whether the named model is a bare architecture, with random weights."""
+    name = str(arguments.model_name_or_path).removeprefix("timm/")
+    return not (arguments.pretrained or "/" in name or "." in name or Path(name).is_dir())
+
+
 def build_model(arguments: ModelArguments, data: ImageData) -> PrunedForImageClassification:
     """The dense (or already pruned) model that the options name, with the classes of the data set."""
     name = arguments.model_name_or_path
@@ -245,8 +254,7 @@ def build_model(arguments: ModelArguments, data: ImageData) -> PrunedForImageCla
         return with_new_head(model, dict(enumerate(data.class_names)))
     kwargs = _json_object(arguments.backbone_kwargs) if arguments.backbone_kwargs else {}
     # Trained weights expect the normalisation they were trained with, fresh ones the data's own.
-    timm_name = name.removeprefix("timm/")
-    fresh = not (arguments.pretrained or "/" in timm_name or "." in timm_name or Path(name).is_dir())
+    fresh = starts_fresh(arguments)
     return PrunedForImageClassification.from_backbone(
         name,
         id2label=dict(enumerate(data.class_names)),

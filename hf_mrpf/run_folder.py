@@ -73,6 +73,7 @@ class RunFolder:
         if self.is_main:
             self.path.mkdir(parents=True, exist_ok=True)
             self._acquire()
+            (self.path / LOCK_FILE).write_text(f"{os.getpid()}\n")
             try:
                 self._open()
             except BaseException:
@@ -110,7 +111,6 @@ class RunFolder:
                 f"{self.path} is being written by another run (pid {pid}, {self.path / LOCK_FILE}). "
                 "Wait for it, stop it, or give another --output_dir."
             ) from error
-        (self.path / LOCK_FILE).write_text(f"{os.getpid()}\n")
 
     def _open(self) -> None:
         # Checked again under the lock: another run may have written between the check and the lock.

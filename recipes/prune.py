@@ -39,6 +39,7 @@ from hf_mrpf.cli import (
     quieten,
     report_errors,
     run_settings,
+    starts_fresh,
 )
 from hf_mrpf.data import ImageData, calibration_batches
 from hf_mrpf.efficiency import count_macs, count_parameters, file_size, measure_latency
@@ -129,7 +130,7 @@ def main() -> None:
             models = {"dense": dense, "pruned": pruned, "fine-tuned": finetuned}
             reports = test_reports(models | ({"control": control} if control else {}), data, args)
             rows = result_rows(run, models, reports, args)
-            write_result(run, finetuned, plan, reports, rows, data, args)
+            write_result(run, finetuned, plan, reports, rows, data, run_args, args)
             run.finish()
             push_result(run, args)
         args.distributed_state.wait_for_everyone()
@@ -236,9 +237,17 @@ def dense_stage(run: RunFolder, model, data: ImageData, model_args: ModelArgumen
         own = own_config(model_args.model_name_or_path, model_args.model_revision)
         # Other classes mean a new head, which must be trained.
         epochs = 0 if own and own.num_labels == model.config.num_labels else 20
+    start = "fresh weights"
+    if config := own_config(model_args.model_name_or_path, model_args.model_revision):
+        start = (
+            f"{Path(model_args.model_name_or_path).name}, {'pruned before' if config.pruning else 'not pruned before'}"
+        )
+    elif not starts_fresh(model_args):
+        start = f"pretrained {model_args.model_name_or_path}"
     result = {"epochs": 0}
     if epochs:
         model, result = train(run, "dense", model, data, args, num_train_epochs=epochs)
+    result["start"] = start
     finish(run, "dense", model, result, args)
     say(args, f"[dense] {trained(args.objective, result)}{validation_figures(result)}")
     return model
@@ -337,7 +346,7 @@ def result_rows(run: RunFolder, models: dict, reports: dict, args: MRPFConfig) -
     ]
 
 
-def write_result(run: RunFolder, model, plan: PruningPlan, reports, rows, data: ImageData, args) -> None:
+def write_result(run: RunFolder, model, plan: PruningPlan, reports, rows, data: ImageData, run_args, args) -> None:
     """Writes everything into a draft, then moves it into the output folder at once."""
     draft = run.stage("result")
     shutil.rmtree(draft, ignore_errors=True)
@@ -355,6 +364,8 @@ def write_result(run: RunFolder, model, plan: PruningPlan, reports, rows, data: 
     }
     write_json(draft / "robustness_report.json", report)
     info = card_info(model, plan, reports, rows, stages, data, args)
+    if run_args.card_note:
+        info = dataclasses.replace(info, notes=[*info.notes, run_args.card_note])
     write_json(run.stage("card.json"), info.to_dict())  # what the card can be rendered from again
     render_card(info).save(draft / "README.md")
     run.publish(draft)
@@ -368,6 +379,8 @@ def card_info(model, plan, reports, rows, stages, data: ImageData, args: MRPFCon
     names += ("lr_scheduler_type", "per_device_train_batch_size")
     settings = {name: str(getattr(value := getattr(args, name), "value", value)) for name in names}
     settings |= {f"epochs of the {stage} model": stages[stage]["epochs"] for stage in ("dense", "fine-tuned")}
+    settings |= {"dense model started from": stages["dense"].get("start", "fresh weights")}
+    settings |= {"backbone arguments": json.dumps(model.config.backbone.get("kwargs", {}))}
     control = reports.get("control")
     command = "accelerate launch " + shlex.join(sys.argv)
     if args.hub_token:
