@@ -46,7 +46,7 @@ _DROPPED_CONFIG_KEYS = frozenset({
 })
 # fmt: on
 # Far above any honest network, and what a machine stands: a recipe is refused before it costs time or memory.
-_MOST_MODULES, _LARGEST_INTEGER, _LARGEST_IMAGE = 10_000, 2**18, 8192
+_MOST_MODULES, _LARGEST_INTEGER, _LARGEST_IMAGE, _MOST_LABELS = 10_000, 2**18, 8192, 2**16
 _RECIPE_FIELDS: dict[str, dict[str, type]] = {"timm": {"name": str, "kwargs": dict}, "transformers": {"config": dict}}
 # Wrappers of other libraries' checkpoints: their configs name files and repositories.
 _REFUSED_MODEL_TYPES = ("mrpf", "timm_wrapper")
@@ -569,6 +569,9 @@ def _check_common(values: dict[str, Any]) -> None:
     for key in ("transformers_weights", "quantization_config"):
         if values.get(key) is not None:
             raise ValueError(f"{key} is not for models of this class, got {reprlib.repr(values[key])}")
+    labels = values.get("num_labels")
+    if labels is not None and not (_is_size(labels) and labels <= _MOST_LABELS):
+        raise ValueError(f"num_labels must be a positive integer up to {_MOST_LABELS}, got {reprlib.repr(labels)}")
     for key in ("attn_implementation", "_attn_implementation"):
         if values.get(key) not in (None, "eager", "sdpa"):
             raise ValueError(f"{key} must be 'eager' or 'sdpa', got {reprlib.repr(values[key])}")

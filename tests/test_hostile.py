@@ -162,7 +162,7 @@ def test_mutated_configs_load_or_are_refused_in_one_message(folders, name, steps
 
 @pytest.mark.slow
 @given(name=NAMES, steps=changes())
-@settings(max_examples=300, **QUIET)
+@settings(max_examples=100, **QUIET)
 def test_many_mutated_configs(folders, name, steps):
     check(folders, name, steps)
 
@@ -194,6 +194,14 @@ def test_a_huge_image_size_is_refused(folders, value):
     folder, honest, _, _ = folders["narrow"]
     with pytest.raises(ValueError, match=r"config\.json: image_size is .* more than 8192 pixels"):
         raise attempt(folder, honest | {"image_size": value})
+    (folder / "config.json").write_text(json.dumps(honest))
+
+
+@pytest.mark.parametrize("value", [10**9, 10**6, 0, -1, 2.5, True, "8"])
+def test_a_number_of_labels_that_cannot_be_is_refused_before_they_are_named(folders, value):
+    folder, honest, _, _ = folders["narrow"]
+    with pytest.raises(ValueError, match=r"config\.json: num_labels must be a positive integer up to 65536"):
+        raise attempt(folder, honest | {"num_labels": value})
     (folder / "config.json").write_text(json.dumps(honest))
 
 
