@@ -72,11 +72,6 @@ class PruningPlan:
         for key in ("kept", "ratios"):
             if set(getattr(self, key)) != set(widths):
                 raise ValueError(f"{key}: must name every unit once: {', '.join(widths)}.")
-        for name, ratio in self.ratios.items():
-            if isinstance(kept := self.kept[name], list) and abs(ratio - (1 - len(kept) / widths[name])) > 1e-9:
-                raise ValueError(
-                    f"ratios: unit {name!r} keeps {len(kept)} of {widths[name]} channels, not a ratio of {ratio:g}."
-                )
         for name, indices in self.kept.items():
             if not indices or any(not _is_int(index) for index in indices) or list(indices) != sorted(set(indices)):
                 raise ValueError(f"kept: unit {name!r} needs a non-empty list of increasing integers.")

@@ -244,11 +244,11 @@ def _patches(module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
     if isinstance(module, nn.Linear):
         yield from inputs.flatten(0, -2).split(max(1, _BLOCK // inputs.shape[-1]))
         return
-    assert isinstance(module, nn.Conv2d)
-    padding = cast(tuple[int, int], module.padding)
-    size = module.weight[0].numel() * inputs.shape[-1] * inputs.shape[-2]
+    conv = cast(nn.Conv2d, module)
+    padding = cast(tuple[int, int], conv.padding)
+    size = conv.weight[0].numel() * inputs.shape[-1] * inputs.shape[-2]
     for images in inputs.split(max(1, _BLOCK // size)):
-        columns = F.unfold(images, module.kernel_size, module.dilation, padding, module.stride)
+        columns = F.unfold(images, conv.kernel_size, conv.dilation, padding, conv.stride)
         yield columns.transpose(1, 2).flatten(0, 1)
 
 

@@ -519,6 +519,8 @@ def _size(model: nn.Module, plan: PruningPlan) -> dict[str, int]:
 
 
 def _with_measured_size(plan: PruningPlan, before: dict[str, int], after: dict[str, int]) -> PruningPlan:
-    """The plan with the sizes that were measured, whatever a hook made of it."""
+    """The plan with the sizes that were measured and the ratios of what it keeps, whatever a hook made of it."""
     achieved = {metric: after[metric] / before[metric] for metric in after}
-    return dataclasses.replace(plan, before=before, after=after, achieved=achieved)
+    channels = [unit for unit in plan.units if unit.kind == "channels"]
+    ratios = plan.ratios | {unit.name: 1 - len(plan.kept[unit.name]) / unit.width for unit in channels}
+    return dataclasses.replace(plan, ratios=ratios, before=before, after=after, achieved=achieved)

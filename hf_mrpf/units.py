@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -265,8 +265,7 @@ def _shape(module: nn.Module, kind: str, positions: int) -> _Layer:
     if kind == "norm":
         affine = int(module.weight is not None)
         return _Layer(kind, module.num_features, 1, 0, affine, bias)  # type: ignore[arg-type]
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    weight = cast(Tensor, module.weight)
     kernel = weight[0, 0].numel()
     return _Layer(kind, weight.shape[0], weight.shape[1], positions * kernel, kernel, bias)
 
