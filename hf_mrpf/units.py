@@ -289,6 +289,7 @@ def _slots(
     """Group channels by the layers that make them."""
     positions: dict[tuple[str, str], dict[int, list[int]]] = {}
     makers: dict[int, list[str]] = {}
+    touched: dict[int, list[tuple[str, str]]] = {}
     loose: dict[str, Tensor] = {}
     for key, first in trace.first.items():
         name, _, side = key.partition(" ")
@@ -306,6 +307,9 @@ def _slots(
     for name, own in loose.items():
         if any(channel in makers for channel in own.tolist()):
             positions[name, "out"] = _parameter_positions(model, name, own, layers)
+    for place, by_channel in positions.items():
+        for channel in by_channel:
+            touched.setdefault(channel, []).append(place)
     found: dict[str, list[int]] = {}
     for channel, names in makers.items():
         found.setdefault(names[0], []).append(channel)
@@ -313,10 +317,9 @@ def _slots(
     for unit, members in found.items():
         members.sort(key=lambda channel: _first_position(positions, unit, channel))
         own_slots = []
-        for (name, side), by_channel in positions.items():
+        for name, side in dict.fromkeys(place for channel in members for place in touched[channel]):
+            by_channel = positions[name, side]
             here = [by_channel.get(channel, []) for channel in members]
-            if not any(here):
-                continue
             made_elsewhere = name in makers[members[0]] and side != "in" and set(by_channel) != set(members)
             if made_elsewhere or len({len(indices) for indices in here}) != 1:
                 raise unsupported(name, _owner(model, name), "sees its channels mixed by an operation before it")
