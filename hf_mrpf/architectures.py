@@ -276,8 +276,8 @@ def _sizes_of(name: str, module: nn.Module, kind: AttentionKind) -> FoundAttenti
         if path not in per_head and not path.startswith(tuple(known)):
             raise unsupported(name, module, f"has a parameter {path!r} that is not known of this class of attention")
     for path, child in modules.items():
-        plain = f"{path}." in known or isinstance(child, _INERT) or any(p.startswith(f"{path}.") for p in per_head)
-        if path and not plain and next(child.children(), None) is None:
+        plain = isinstance(child, _INERT) or type(child) is nn.Module or next(child.children(), None) is not None
+        if path and not plain and not any(entry.startswith(f"{path}.") for entry in (*known, *per_head)):
             raise unsupported(f"{name}.{path}", child, "stands inside attention and is not known there")
     weights = {part: layer.weight for part, layer in layers.items()}  # type: ignore[union-attr]
     where = {part: f"{name}.{getattr(kind, part)}".lstrip(".") for part in layers}

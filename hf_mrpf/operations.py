@@ -22,9 +22,11 @@ NONE = -1.0
 _MOVES = {
     "view", "_unsafe_view", "_reshape_alias", "_reshape_copy", "reshape", "permute", "transpose", "t", "squeeze",
     "unsqueeze", "expand", "slice", "select", "split", "split_with_sizes", "chunk", "unbind", "cat", "stack", "roll",
-    "repeat", "flip", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle",
-    "reflection_pad2d", "replication_pad2d",
+    "repeat", "flip", "reflection_pad2d", "replication_pad2d",
 }  # fmt: skip
+# Of these, the ones that part or count along an axis, and where its number stands among the arguments: which channels
+# they give would depend on the width, so the axis may not be that of the channels.
+_PARTS = {"slice": 1, "select": 1, "split": 2, "split_with_sizes": 2, "chunk": 2, "unbind": 1, "roll": 2}
 _COPIES = {"clone", "detach", "alias", "_to_copy", "contiguous", "lift_fresh"}
 # Pointwise, although not tagged so.
 _POINTWISE = {"hardswish", "hardswish_", "hardsigmoid", "hardsigmoid_", "relu_", "silu_", "elu", "elu_", "leaky_relu_"}
@@ -144,6 +146,7 @@ class ChannelTrace(TorchDispatchMode):
         elif name in _POINTWISE or torch.Tag.pointwise in func.tags:
             self._pointwise(name, tensors, output)
         elif name in _MOVES:
+            self._part(name, args, output)
             shadows = [self._shadow(value) if isinstance(value, Tensor) else value for value in flat]
             moved_args, moved_kwargs = tree_unflatten(shadows, layout)
             self._set_all(output, _reshaping(func, name)(*moved_args, **moved_kwargs))
@@ -207,6 +210,13 @@ class ChannelTrace(TorchDispatchMode):
         if name.endswith("_") and labelled[0] is None:
             self.found[name] = self.running[-1]
         self._set(output, merged)
+
+    def _part(self, name: str, args: tuple, output: Any) -> None:
+        whole = isinstance(output, Tensor) and name == "slice" and output.shape == args[0].shape
+        if name in _PARTS and not whole:
+            axes = args[_PARTS[name]] if len(args) > _PARTS[name] else 0
+            labels = self._shadow(args[0])
+            self._need(name, labels, labels.amax(axes or 0, keepdim=True).expand(labels.shape))
 
     def _reduce(self, name: str, tensor: Tensor, axes: list[int], keep: bool, output: Any) -> None:
         labels = self._shadow(tensor)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from .allocation import Widths, allowed_widths, get_allocation, meet_target, nearest_width
-from .architectures import refresh
 from .attacks import AttackConfig, keyed_start, pgd_attack
 from .importance import get_importance
 from .plan import PruningPlan, check_fits, trace_for, weights_sha256
@@ -21,7 +20,7 @@ from .sensitivity import (
     module_robustness_sensitivity,
     unit_sensitivity,
 )
-from .units import METRICS, PruningUnit, UnitGraph, trace_units
+from .units import METRICS, PruningUnit, UnitGraph, cut, trace_units
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -200,65 +199,8 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
             "the model's weights are not those that the plan was made on: its choice of channels may not suit them.",
             stacklevel=2,
         )
-    # Each side of each layer is cut once, by indices into the dense layer, so no cut can shift another's indices.
-    for (layer, side), indices in graph.removed_positions(plan.kept).items():
-        _cut(model, graph, layer, side, indices)
-    for name, attention in graph.attention.items():
-        if "q" in attention.rows:
-            _scale_rows(model, graph, plan, attention.rows["q"][0])
-        if attention.heads_attribute is not None:
-            module, attribute = attention.heads_attribute
-            setattr(model.get_submodule(module), attribute, len(plan.kept[name]["heads"]))
-    return refresh(model)
-
-
-def _cut(model: nn.Module, graph: UnitGraph, layer: str, side: str, removed: list[int]) -> None:
-    """Take indices out of one side of a layer, and set the sizes that the layer's class keeps."""
-    shape = graph.layers[layer]
-    if shape.kind == "parameter":
-        owner, _, name = layer.rpartition(".")
-        _take(model.get_submodule(owner), name, shape.axis, removed)
-        return
-    module: Any = model.get_submodule(layer)
-    sizes = {"in": ("in_channels", "in_features"), "out": ("out_channels", "out_features")}
-    sizes["both"] = ("in_channels", "out_channels", "groups", "num_features", "num_channels")
-    if shape.groups > 1 and side == "in":
-        # The weight holds the inputs of one group; where whole groups go, it loses outputs alone.
-        if not graph.cuts_groups(layer):
-            _take(module, "weight", 1, sorted({index % shape.ins for index in removed}))
-    elif side == "in":
-        _take(module, "weight", 1, removed)
-    else:
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            _take(module, name, 0, removed)
-        if shape.groups > 1 and graph.cuts_groups(layer):
-            module.groups -= len(removed) * shape.groups // shape.outs
-    for name in sizes[side]:
-        if name in vars(module):
-            setattr(module, name, getattr(module, name) - len(removed))
-    if isinstance(module, nn.LayerNorm):
-        module.normalized_shape = (module.normalized_shape[0] - len(removed),)
-
-
-def _take(module: nn.Module, name: str, axis: int, removed: list[int]) -> None:
-    tensor = getattr(module, name, None)
-    if not isinstance(tensor, Tensor):
-        return
-    gone = set(removed)
-    kept = torch.tensor([index for index in range(tensor.shape[axis]) if index not in gone], device=tensor.device)
-    smaller = tensor.detach().index_select(axis, kept)
-    setattr(module, name, nn.Parameter(smaller, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else smaller)
-
-
-@torch.no_grad()
-def _scale_rows(model: nn.Module, graph: UnitGraph, plan: PruningPlan, layer: str) -> None:
-    factors = graph.folded_scale(plan.kept, layer)
-    if factors is not None:
-        projection: Any = model.get_submodule(layer)
-        scale = projection.weight.new_tensor(factors)
-        projection.weight.mul_(scale.reshape(-1, *(1,) * (projection.weight.ndim - 1)))
-        if projection.bias is not None:
-            projection.bias.mul_(scale)
+    cut(model, graph, plan.kept)
+    return model
 
 
 def _check_options(

@@ -1,5 +1,7 @@
 """Coupled channels: what must be pruned together, and what a network costs at any widths, without running it again."""
 
+import copy
+from bisect import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -9,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .architectures import FoundAttention, channel_axis, find_attention, known_layers, unsupported
+from .architectures import FoundAttention, channel_axis, find_attention, known_layers, refresh, unsupported
 from .attacks import eval_mode, logits_of
 from .operations import ChannelTrace
+from .surgery import cut_both, cut_inputs, cut_outputs, scale_rows, take
 
 if TYPE_CHECKING:
     from torch_pruning.dependency import Group
@@ -211,15 +214,90 @@ def pruning_units(model: nn.Module, example: Tensor, *, heads: bool = False) -> 
     return list(trace_units(model, example, heads=heads).units)
 
 
-def trace_units(model: nn.Module, example: Tensor, *, heads: bool = False) -> UnitGraph:
+def trace_units(model: nn.Module, example: Tensor, *, heads: bool = False, check: bool = True) -> UnitGraph:
     """Like [`pruning_units`], with the indices and sizes of every layer that they touch."""
-    kinds = known_layers(model)
     if not isinstance(example, Tensor) or example.ndim != 4 or example.shape[0] == 0:
         given = list(example.shape) if isinstance(example, Tensor) else type(example).__name__
         raise ValueError(f"example is {given}; a tensor of at least one image [N, 3, H, W] is needed.")
-    attentions = {attention.name: attention for attention in find_attention(model)}
+    known_layers(model)
     reference = next(model.parameters())
     example = example[:1].to(reference.device, reference.dtype)
+    graph = _trace(model, example, heads)
+    if check:
+        _check_smaller(model, example, graph, heads)
+    return graph
+
+
+def cut(model: nn.Module, graph: UnitGraph, kept: Mapping[str, Any]) -> None:
+    """Remove from a model, in place, what `kept` (as in [`PruningPlan`]) does not keep of the units of its graph."""
+    # Each side of each layer is cut once, by indices into the dense layer, so no cut can shift another's indices.
+    for (name, side), removed in graph.removed_positions(kept).items():
+        layer, whole = graph.layers[name], graph.cuts_groups(name)
+        if layer.kind == "parameter":
+            owner, _, parameter = name.rpartition(".")
+            take(model.get_submodule(owner), parameter, layer.axis, removed)
+        elif side == "both":
+            cut_both(model.get_submodule(name), removed)
+        elif side == "in":
+            cut_inputs(model.get_submodule(name), removed, whole_groups=whole)
+        else:
+            groups = len(removed) * layer.groups // layer.outs if whole else 0
+            cut_outputs(model.get_submodule(name), removed, groups=groups)
+    for name, attention in graph.attention.items():
+        if name in kept and attention.heads_attribute is not None:
+            factors = graph.folded_scale(kept, attention.rows["q"][0])
+            if factors is not None:
+                scale_rows(model.get_submodule(attention.rows["q"][0]), factors)
+            module, attribute = attention.heads_attribute
+            setattr(model.get_submodule(module), attribute, len(kept[name]["heads"]))
+    refresh(model)
+
+
+def _check_smaller(model: nn.Module, example: Tensor, graph: UnitGraph, heads: bool) -> None:
+    """
+    Cut a copy and see that its channels go where they went before: a network's own code may count on fixed widths, or
+    split channels by their number (as a channel shuffle does), and would then mix others.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def some(width: int) -> list[int]:
+        return sorted(torch.randperm(width, generator=generator)[: max(1, (2 * width) // 3)].tolist())
+
+    kept: dict[str, Any] = {}
+    for unit in graph.units:
+        # A grouped convolution with fewer groups may be one that loses channels inside its groups.
+        grouped = any(graph.layers[slot.layer].groups > 1 for slot in graph.slots[unit.name])
+        kept[unit.name] = list(range(unit.width)) if grouped else some(unit.width)
+        if unit.kind != "channels":
+            attention = graph.attention[unit.name]
+            whole, dims = list(range(attention.heads)), kept[unit.name]
+            if unit.kind == "heads":
+                whole, dims = dims, list(range(attention.dim))
+            kept[unit.name] = {"heads": whole, "qk": [dims] * len(whole), "v": [dims] * len(whole)}
+    smaller = copy.deepcopy(model)
+    try:
+        cut(smaller, graph, kept)
+        found = _trace(smaller, example, heads)
+    except Exception as error:
+        raise unsupported("", model, f"does not run, or not rightly, with fewer channels ({error})") from error
+    removed = graph.removed_positions(kept)
+    for unit in graph.units:
+        if unit.kind == "channels":
+            slots = {_renumbered(slot, kept[unit.name], removed) for slot in graph.slots[unit.name]}
+            if slots != set(found.slots.get(unit.name, ())):
+                raise unsupported("", model, f"moves or mixes channels between its layers (those of {unit.name!r})")
+
+
+def _renumbered(slot: Slot, kept: Sequence[int], removed: Mapping[tuple[str, str], Sequence[int]]) -> Slot:
+    """The slot as it must be once channels are gone."""
+    gone = sorted(removed.get((slot.layer, slot.side), ()))
+    positions = (slot.positions[channel] for channel in kept)
+    return replace(slot, positions=tuple(tuple(index - bisect(gone, index) for index in own) for own in positions))
+
+
+def _trace(model: nn.Module, example: Tensor, heads: bool) -> UnitGraph:
+    kinds = known_layers(model)
+    attentions = {attention.name: attention for attention in find_attention(model)}
     with eval_mode(model), torch.no_grad():
         layers = _measure(model, example, kinds, attentions)
         slots = _couple(model, example, layers, attentions)

@@ -18,6 +18,7 @@ FLOORS = {
     "report": 0,
     "pixels": 0,
     "operations": 0,
+    "surgery": 0,
     "results": 1,
     "plan": 2,
     "compression": 4,

@@ -79,6 +79,7 @@ def test_tracing_leaves_the_model_and_the_random_state_as_they_were():
         ("swinv2_tiny_window8_256", 256, r"timm\.models\.swin_transformer_v2\.WindowAttention\) is attention"),
         ("xcit_nano_12_p16_224", 224, r"timm\.models\.cait\.ClassAttn\) is attention"),
         ("ecaresnet26t", 64, r"torch\.nn\.modules\.conv\.Conv1d\) holds parameters \(weight\)"),
+        ("res2net50_14w_8s", 64, r"timm\.models\.res2net\.Bottle2neck\) moves or mixes channels.*\(split\)"),
         ("resnetblur18", 64, r"timm\.layers\.blur_pool\.BlurPool2d\) multiplies matrices or convolves"),
     ],
 )
@@ -109,27 +110,45 @@ def test_nameless_attention_is_refused():
         pruning_units(model, torch.rand(1, 3, 8, 8))
 
 
-@pytest.mark.parametrize(
-    "move",
-    [
-        Shuffle(),
-        lambda x: x.flip(1),
-        lambda x: x.roll(1, 1),
-        lambda x: torch.cat([x[:, 4:], x[:, :4]], dim=1),
-        lambda x: torch.cat(x.chunk(2, dim=1)[::-1], dim=1),
-        lambda x: torch.nn.functional.pixel_shuffle(torch.cat([x, x, x, x], dim=1), 2),
-        lambda x: x.reshape(len(x) * 8, -1, 2).reshape(len(x), 8, *x.shape[2:]),
-    ],
-)
-def test_channels_that_only_move_are_followed(move):
+def around(move):
     class Moves(nn.Module):
         def forward(self, features):
             return move(features)
 
     head = [nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    model = randomise(nn.Sequential(nn.Conv2d(3, 8, 1), Moves(), *head))
+    return nn.Sequential(nn.Conv2d(3, 8, 1), Moves(), *head)
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda x: x.flip(1),
+        lambda x: x.transpose(1, 2).flip(1).transpose(1, 2).roll(2, 3),
+        lambda x: x.reshape(x.shape[0] * x.shape[1] * 2, -1, 2).reshape(x.shape),
+        lambda x: torch.cat([x[:, :, :3], x[:, :, 5:]], dim=2).flatten(2).unflatten(2, (-1, 4)),
+    ],
+)
+def test_channels_that_only_move_are_followed(move):
     images = torch.rand(1, 3, 8, 8, dtype=torch.float64)
-    check_against_masked(model, images, target=0.5, allocation="uniform", min_channels=1)
+    check_against_masked(randomise(around(move)), images, target=0.5, allocation="uniform", min_channels=1)
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        Shuffle(),
+        lambda x: x.roll(1, 1),
+        lambda x: torch.cat([x[:, 4:], x[:, :4]], dim=1),
+        lambda x: torch.cat(x.chunk(2, dim=1)[::-1], dim=1),
+        lambda x: torch.nn.functional.pixel_shuffle(torch.cat([x, x, x, x], dim=1), 2),
+        lambda x: x.unflatten(1, (4, 2)).transpose(1, 2).flatten(1, 2),
+        lambda x: x.unflatten(1, (4, -1)).transpose(1, 2).flatten(1, 2),
+    ],
+)
+def test_moves_that_count_channels_are_refused(move):
+    """They would give other channels in a narrower network."""
+    with pytest.raises(ValueError, match="moves or mixes channels|does not run, or not rightly, with fewer channels"):
+        pruning_units(around(move), torch.rand(1, 3, 8, 8))
 
 
 @pytest.mark.parametrize(
