@@ -222,7 +222,9 @@ class PrunedForImageClassification(PreTrainedModel):
                 Height and width in pixels. Defaults to the backbone's own, 224 where it has none.
             small_images (`bool`, *optional*, defaults to `False`):
                 Give the backbone the form for images of CIFAR's size: a ResNet gets a 3x3 stem of stride 1 without
-                max-pooling, a VGG a linear head on its 512 features.
+                max-pooling, a VGG a linear head on its 512 features, a MobileViT strides of 1 in its first layers, so
+                that its last map has at least 4x4 pixels at 32 and at 64. A ViT or a Swin needs none: give it
+                `image_size` with `patch_size` and, for Swin, `window_size`.
             pretrained (`bool`, *optional*, defaults to `False`):
                 Download timm's default weights of the architecture.
             image_mean, image_std (`list[float]`, *optional*):
@@ -263,7 +265,7 @@ class PrunedForImageClassification(PreTrainedModel):
             start["label2id"] = {label: index for index, label in id2label.items()}
         config = cls.config_class(small_images=small_images, **start)
         if network is not None and small_images:
-            _fit_small_images(network)
+            _fit_small_images(network, config.image_size)
         model: Any = cls(config, network)
         return model if network is None else model.to(device=next(network.parameters()).device)
 
@@ -538,7 +540,7 @@ def _logits(output: Any) -> Tensor:
 def _build_backbone(config: PrunedConfig, eager: bool = False) -> nn.Module:
     network = BACKBONES[config.backbone["source"]](config, eager)
     if config.small_images:
-        _fit_small_images(network)
+        _fit_small_images(network, config.image_size)
     return network
 
 
@@ -769,12 +771,12 @@ def _small_conv(like: nn.Module, width: int) -> nn.Conv2d:
     return conv
 
 
-def _small_timm_resnet(network: Any) -> None:
+def _small_timm_resnet(network: Any, size: int) -> None:
     network.conv1 = _small_conv(network, network.bn1.num_features)
     network.maxpool = nn.Identity()
 
 
-def _small_timm_vgg(network: Any) -> None:
+def _small_timm_vgg(network: Any, size: int) -> None:
     network.pre_logits = nn.Identity()
     old, width = network.head.fc, network.num_features
     network.head.fc = nn.Linear(width, old.out_features, device=old.weight.device, dtype=old.weight.dtype)
@@ -783,26 +785,44 @@ def _small_timm_vgg(network: Any) -> None:
     network.head_hidden_size = network.head.in_features = network.head.num_features = width
 
 
-def _small_transformers_resnet(network: Any) -> None:
+def _small_transformers_resnet(network: Any, size: int) -> None:
     embedder = network.resnet.embedder
     embedder.embedder.convolution = _small_conv(network, embedder.embedder.normalization.num_features)
     embedder.pooler = nn.Identity()
 
 
-def _fit_small_images(network: nn.Module) -> None:
+def _small_mobilevit(network: Any, size: int) -> None:
+    # Five layers halve the map. The earliest give way until 4x4 pixels are left for the last attention.
+    halving = [module for module in network.modules() if isinstance(module, nn.Conv2d) and module.stride == (2, 2)]
+    while len(halving) > 3 and size < 4 * 2 ** len(halving):
+        halving.pop(0).stride = (1, 1)
+
+
+def _small_timm_byob(network: Any, size: int) -> None:
+    kinds = {f"{type(module).__module__}.{type(module).__qualname__}" for module in network.modules()}
+    if not kinds & {"timm.models.mobilevit.MobileVitBlock", "timm.models.mobilevit.MobileVitV2Block"}:
+        raise ValueError("small_images: of timm's ByobNet networks only MobileViT and MobileViTV2 have a form")
+    _small_mobilevit(network, size)
+
+
+def _fit_small_images(network: nn.Module, size: int) -> None:
     name = f"{type(network).__module__}.{type(network).__qualname__}"
     if name not in SMALL_IMAGE_FORMS:
         raise ValueError(
-            f"small_images: no form for small images is known for {name}; known: {', '.join(SMALL_IMAGE_FORMS)}"
+            f"small_images: no form for small images is known for {name}; known: {', '.join(SMALL_IMAGE_FORMS)}. "
+            "A ViT or a Swin needs none: give it image_size with patch_size and, for Swin, window_size"
         )
-    SMALL_IMAGE_FORMS[name](network)
+    SMALL_IMAGE_FORMS[name](network, size)
 
 
 # By exact class: a namesake or a subclass may have another stem.
-SMALL_IMAGE_FORMS: dict[str, Callable[[Any], None]] = {
+SMALL_IMAGE_FORMS: dict[str, Callable[[Any, int], None]] = {
     "timm.models.resnet.ResNet": _small_timm_resnet,
     "timm.models.vgg.VGG": _small_timm_vgg,
+    "timm.models.byobnet.ByobNet": _small_timm_byob,
     "transformers.models.resnet.modeling_resnet.ResNetForImageClassification": _small_transformers_resnet,
+    "transformers.models.mobilevit.modeling_mobilevit.MobileViTForImageClassification": _small_mobilevit,
+    "transformers.models.mobilevitv2.modeling_mobilevitv2.MobileViTV2ForImageClassification": _small_mobilevit,
 }
 BACKBONES: dict[str, Callable[[PrunedConfig, bool], nn.Module]] = {
     "timm": _timm_backbone,

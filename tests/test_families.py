@@ -431,3 +431,62 @@ def test_refresh_sets_sizes_of_attention_and_features():
     assert model.num_features == model.head.fc.in_features
     model.reset_classifier(3)
     assert model(images).shape == (1, 3)
+
+
+SMALL = {
+    "timm MobileViT": "timm/mobilevit_xxs",
+    "timm MobileViTV2": "timm/mobilevitv2_050",
+    "transformers MobileViT": hf("MobileViT", **MOBILEVIT),
+    "transformers MobileViTV2": hf("MobileViTV2", width_multiplier=0.25),
+}
+
+
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("name", SMALL)
+def test_mobilevit_has_a_form_for_small_images(name, size, tmp_path):
+    backbone = SMALL[name] if isinstance(SMALL[name], str) else SMALL[name]()
+    model = PrunedForImageClassification.from_backbone(backbone, num_labels=10, image_size=size, small_images=True)
+    maps = []
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda module, inputs, output: maps.append(output.shape[-2:]))
+    images = torch.rand(2, 3, size, size)
+    model.eval()(images)
+    assert maps[0] == (size, size)
+    assert [pixels for pixels in maps if pixels[0] == pixels[1] > 1][-1] == (4, 4)
+    prune(model, plan_pruning(model, images, allocation="uniform", target=0.5))
+    model.save_pretrained(tmp_path)
+    loaded = PrunedForImageClassification.from_pretrained(tmp_path).eval()
+    assert torch.equal(model(images).logits, loaded(images).logits)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "options"),
+    [
+        ("timm/vit_tiny_patch16_224", {"patch_size": 4, "depth": 1}),
+        ("timm/swin_tiny_patch4_window7_224", {"patch_size": 2, "window_size": 4, "depths": (1, 1, 1, 1)}),
+        (hf("ViT", **VIT), {"patch_size": 4}),
+        (hf("Swin", **SWIN), {"window_size": 4, "patch_size": 2}),
+    ],
+)
+def test_vit_and_swin_take_small_images_by_patch_and_window(backbone, options):
+    backbone = backbone if isinstance(backbone, str) else backbone()
+    model = PrunedForImageClassification.from_backbone(backbone, num_labels=10, image_size=32, **options)
+    assert model(torch.rand(1, 3, 32, 32)).logits.shape == (1, 10)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "options", "message"),
+    [
+        ("timm/vit_tiny_patch16_224", {"small_images": True}, "A ViT or a Swin needs none: give it image_size with"),
+        ("timm/regnetz_b16", {"small_images": True}, "only MobileViT and MobileViTV2 have a form|no form for small"),
+        ("timm/gernet_s", {"small_images": True}, "only MobileViT and MobileViTV2 have a form"),
+        ("timm/vit_tiny_patch16_224", {"image_size": 8}, "'vit_tiny_patch16_224'.*(image_size 8|img_size.*8)"),
+        (hf("ViT", **VIT), {"image_size": 8}, "'vit'.*image_size 8"),
+        (hf("MobileViTV2"), {"image_size": 32}, "'mobilevitv2' cannot run at image_size 32"),
+    ],
+)
+def test_sizes_and_forms_that_cannot_work_are_refused(backbone, options, message):
+    backbone = backbone if isinstance(backbone, str) else backbone()
+    with pytest.raises(ValueError, match=message):
+        PrunedForImageClassification.from_backbone(backbone, num_labels=10, **options)
