@@ -183,7 +183,7 @@ class ChannelTrace(TorchDispatchMode):
         if labels is not None:
             # Kept alive, so that no later tensor can be taken for this one.
             self._alive.append(tensor)
-            self._labels[tensor] = labels
+            self._labels[tensor] = _compressed(labels)
 
     def _set_all(self, output: Any, labels: Any) -> None:
         if isinstance(output, Tensor):
@@ -274,11 +274,23 @@ def _squashed(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors
 
 
+def _compressed(labels: Tensor) -> Tensor:
+    """The same labels, without memory for the repetitions along an axis: all that follows is then quick."""
+    small = labels
+    for axis in range(labels.ndim):
+        if small.shape[axis] > 1:
+            first = small.narrow(axis, 0, 1)
+            if small.stride(axis) == 0 or bool((small == first).all()):
+                small = first
+    return small.expand(labels.shape)
+
+
 def _pairs(one: Tensor, other: Tensor) -> Tensor:
     """Distinct pairs of different labels at the same place, `[2, n]`, integers."""
     one, other = _squashed(one, other)
     apart = (one != other) & (one != NONE) & (other != NONE)
-    return torch.unique(torch.stack([one[apart], other[apart]]).long(), dim=1)
+    codes = torch.unique((one[apart].long() << 32) + other[apart].long())
+    return torch.stack([codes >> 32, codes & 0xFFFFFFFF])
 
 
 def _distinct(labels: Tensor) -> Tensor:
