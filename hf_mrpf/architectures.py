@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 # Layers with weights: (module, qualified name) -> what pruning does with it.
 LAYERS: dict[tuple[str, str], str] = {
@@ -349,15 +349,15 @@ def refresh(model: nn.Module) -> nn.Module:
         if class_id(module) in ATTENTIONS:
             _refresh_attention(module, ATTENTIONS[class_id(module)])
         elif class_id(module) == ("timm.models.swin_transformer", "PatchMerging"):
-            reduction = module.get_submodule("reduction").weight
-            _set(module, dim=reduction.shape[1] // 4, out_dim=reduction.shape[0])
+            outs, ins = _shape(module, "reduction")
+            _set(module, dim=ins // 4, out_dim=outs)
         elif callable(getattr(module, "get_classifier", None)):
             _refresh_features(module)
     return model
 
 
 def _refresh_attention(module: nn.Module, kind: AttentionKind) -> None:
-    inner = module.get_submodule(kind.out).weight.shape[1]
+    _, inner = _shape(module, kind.out)
     if kind.heads is None:
         _set(module, embed_dim=inner)
         return
@@ -366,7 +366,14 @@ def _refresh_attention(module: nn.Module, kind: AttentionKind) -> None:
     for child in module.modules():
         _set(child, head_dim=dim, attention_head_size=dim, attn_dim=inner, all_head_size=inner)
         _set(child, scale=dim**-0.5, scaling=dim**-0.5)
-    _set(module, dim=module.get_submodule(kind.q).weight.shape[1])
+    _set(module, dim=_shape(module, kind.q)[1])
+
+
+def _shape(module: nn.Module, path: str) -> tuple[int, int]:
+    """Outputs and inputs of a layer inside a module."""
+    weight = module.get_submodule(path).weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0], weight.shape[1]
 
 
 def _refresh_features(network: nn.Module) -> None:

@@ -306,7 +306,8 @@ def _trace(model: nn.Module, example: Tensor, heads: bool) -> UnitGraph:
         slots[name] = _attention_slots(attention, whole[name])
     order = {name: index for index, name in enumerate(kinds)}
     modules = dict(model.named_modules())
-    units, groups = [], {}
+    units: list[PruningUnit] = []
+    groups: dict[str, Group] = {}
     for name, own in slots.items():
         if name in attentions:
             width, members = len(own[0].positions), attentions[name].members
