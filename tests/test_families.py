@@ -2,6 +2,7 @@
 
 import copy
 import time
+from pathlib import Path
 
 import pytest
 import timm
@@ -490,3 +491,33 @@ def test_sizes_and_forms_that_cannot_work_are_refused(backbone, options, message
     backbone = backbone if isinstance(backbone, str) else backbone()
     with pytest.raises(ValueError, match=message):
         PrunedForImageClassification.from_backbone(backbone, num_labels=10, **options)
+
+
+# What a table of families says besides their names.
+NOTES = {
+    "ResNet": "`small_images`; VGG too",
+    "ResNeXt": "whole groups, or channels inside every group",
+    "RegNet": "whole groups, or channels inside every group; squeeze-and-excite",
+    "MobileViT": "`small_images`",
+    "MobileViTV2": "`small_images`; keys and values go together",
+}
+
+
+def supported_families():
+    """The table of the README, from the networks that the tests above prune."""
+    names = dict.fromkeys(["ResNet", *(name.partition(" ")[2] for name in FAST)])
+    lines = ["| family | timm | transformers | attention | notes |", "| --- | --- | --- | --- | --- |"]
+    for family in names:
+        members = [FAST[name] for name in (f"timm {family}", f"transformers {family}") if name in FAST]
+        images = torch.rand(1, 3, members[0][1], members[0][1])
+        kinds = {unit.kind for unit in pruning_units(network(members[0]), images, heads=True)}
+        attention = "channels of heads, or heads" if "heads" in kinds else "linear" if "attention" in kinds else ""
+        timm_too = f"timm {family}" in FAST or family == "ResNet"
+        here = ["yes" if there else "" for there in (timm_too, f"transformers {family}" in FAST)]
+        lines.append(f"| {family} | {here[0]} | {here[1]} | {attention} | {NOTES.get(family, '')} |")
+    return "\n".join(lines)
+
+
+def test_the_readme_lists_the_families_that_are_tested():
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    assert supported_families() in readme

@@ -14,6 +14,7 @@ from pruning_reference import (
 from torch import nn
 
 from hf_mrpf.architectures import known_layers, refresh
+from hf_mrpf.attacks import logits_of
 from hf_mrpf.efficiency import count_macs, count_parameters
 from hf_mrpf.units import pruning_units, trace_units
 
@@ -226,3 +227,39 @@ def test_refresh_takes_sizes_from_shapes_so_that_heads_can_be_made_anew(network)
 def test_refresh_leaves_other_networks_alone():
     model = ConcatFlatten()
     assert refresh(model) is model
+
+
+@pytest.mark.parametrize("network", ["resnet", "bottleneck", "vgg", "hf_resnet", "concat_flatten"])
+def test_units_are_those_of_the_dependency_graph_of_torch_pruning(network):
+    """An independent trace, through autograd's graph, finds the same layers, sides and channels."""
+    import torch_pruning as tp
+
+    build, size = NETWORKS[network]
+    model, example = build().eval(), torch.rand(1, 3, size, size)
+    names = {module: name for name, module in model.named_modules()}
+
+    def forward(traced, images):
+        return logits_of(traced(images)) + 0.0
+
+    theirs = set()
+    for group in tp.DependencyGraph().build_dependency(model, example, forward_fn=forward).get_all_groups():
+        if any(dep.target.type == tp.ops.OPTYPE.OUTPUT for dep, _ in group):
+            continue
+        sides = set()
+        for item in group.items:
+            module = item.dep.target.module
+            if module in names and hasattr(module, "weight"):
+                norm = isinstance(module, nn.BatchNorm2d)
+                side = "both" if norm else "out" if item.dep.handler.__name__.endswith("out_channels") else "in"
+                sides |= {(names[module], side, pair) for pair in zip(item.root_idxs, item.idxs, strict=True)}
+        theirs.add(frozenset(sides))
+    ours = {
+        frozenset(
+            (slot.layer, slot.side, (channel, index))
+            for slot in slots
+            for channel, positions in enumerate(slot.positions)
+            for index in positions
+        )
+        for slots in trace_units(model, example).slots.values()
+    }
+    assert ours == theirs
