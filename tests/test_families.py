@@ -1,6 +1,7 @@
 """Every supported family: a pruned network equals its masked original, meets its target, trains, and loads again."""
 
 import copy
+import re
 import time
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import transformers
 from pruning_reference import check_against_masked, check_family, randomise
 from torch import nn
 
-from hf_mrpf.architectures import ATTENTIONS, known_layers, register_attention
+from hf_mrpf import architectures
+from hf_mrpf.architectures import ATTENTIONS, class_id, known_layers, register_attention
 from hf_mrpf.attacks import AttackConfig
 from hf_mrpf.efficiency import count_macs
 from hf_mrpf.modeling import PrunedForImageClassification
@@ -240,9 +242,9 @@ def test_repair_refits_queries_at_the_scale_of_their_narrower_heads():
     model = network(FAST["timm ViT"]).eval()
     images, labels = torch.rand(16, 3, 32, 32), torch.randint(10, (16,))
     units = [unit.name for unit in pruning_units(model, images) if unit.kind == "channels"]
-    for ignore, change in ((units, False), (["blocks.0.mlp.fc1"], True)):
+    for target, ignore, change in ((0.8, units, False), (0.5, ["blocks.0.mlp.fc1"], True)):
         pruned = copy.deepcopy(model)
-        plan = plan_pruning(model, images, allocation="uniform", importance="random", target=0.6, ignore=ignore)
+        plan = plan_pruning(model, images, allocation="uniform", importance="random", target=target, ignore=ignore)
         before = prune(pruned, plan).blocks[1].attn.qkv.weight.detach().clone()
         report = repair(pruned, model, plan, [(images, labels)], None, damping=1e-4)
         after = pruned.blocks[1].attn.qkv.weight
@@ -521,3 +523,15 @@ def supported_families():
 def test_the_readme_lists_the_families_that_are_tested():
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     assert supported_families() in readme
+
+
+def test_the_call_of_the_readme_teaches_a_class(monkeypatch):
+    monkeypatch.setattr("hf_mrpf.architectures.ATTENTIONS", dict(ATTENTIONS))
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n([^`]*register_attention\([^`]*)```", readme)
+
+    class MyAttention(nn.Module):
+        pass
+
+    exec(compile(block, "README.md", "exec"), {"MyAttention": MyAttention})
+    assert architectures.ATTENTIONS[class_id(MyAttention())].q == "query"
