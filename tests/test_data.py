@@ -298,7 +298,7 @@ def test_bad_columns():
     words = Dataset.from_dict({"image": random_images(2), "kind": ["cat", "dog"]})
     with pytest.raises(ValueError, match=r"column kind is Value\('string'\).*class_encode_column"):
         as_pixel_dataset(words, label_column_name="kind")
-    with pytest.raises(ValueError, match="it is empty"):
+    with pytest.raises(ValueError, match="the data set is empty"):
         as_pixel_dataset(dataset.select([]))
     with pytest.raises(ValueError, match="has a transform set"):
         as_pixel_dataset(dataset.with_transform(lambda batch: batch))
