@@ -166,6 +166,8 @@ def test_predict_and_prune_take_what_evaluate_takes(tmp_path, data, model):
     prediction = trainer.predict(data.test)
     assert prediction.predictions[0].shape == (len(data.test), 10)
     assert prediction.metrics["test_robust_accuracy"] == trainer.evaluate()["eval_b_robust_accuracy"]
+    small = MRPFTrainer(model, quick(tmp_path, per_device_eval_batch_size=7), data.train).predict(data.test)
+    torch.testing.assert_close(torch.tensor(small.predictions[1]), torch.tensor(prediction.predictions[1]))
     trainer.prune()
     assert trainer.pruning_report["removed"]["num_samples"] == len(data.validation)
 
@@ -184,6 +186,24 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, data, model):
         next(net.parameters()).fill_(float("nan"))
     with pytest.raises(ValueError, match="none was saved yet"):
         last.train()
+
+
+class Poison(TrainerCallback):
+    """Stands for a step that overflows: the loss before it was finite."""
+
+    def on_step_end(self, args, state, control, *, model, **kwargs):
+        if state.global_step == 2:
+            next(model.parameters()).data.fill_(float("nan"))
+
+
+def test_a_step_that_breaks_the_weights_is_noticed_at_the_next_save_and_at_the_end(tmp_path, data):
+    args = quick(tmp_path / "saved", objective="standard", max_steps=2, save_strategy="steps", save_steps=1)
+    with pytest.raises(ValueError, match=r"After step 2, .*NaN.*finite weights: .*checkpoint-1"):
+        MRPFTrainer(plain_net(), args, data.train, callbacks=[Poison()]).train()
+    assert not (tmp_path / "saved" / "checkpoint-2").exists()
+    args = quick(tmp_path / "end", objective="standard", max_steps=2)
+    with pytest.raises(ValueError, match=r"After step 2, .*NaN.*none was saved yet"):
+        MRPFTrainer(plain_net(), args, data.train, callbacks=[Poison()]).train()
 
 
 def test_a_plain_network_with_too_few_outputs_and_a_bare_loss_are_refused(tmp_path, data):
