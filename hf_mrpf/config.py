@@ -66,6 +66,8 @@ class MRPFConfig(TrainingArguments):
             Kept widths are multiples of this.
         ignore (`list[str]`, *optional*):
             Names of modules or units that are never pruned.
+        prune_heads (`bool`, *optional*, defaults to `False`):
+            Whether attention loses whole heads, rather than the same number of channels of every head.
         sensitivity_method (`str`, *optional*, defaults to `"ascent"`):
             How Module Robustness Sensitivity is measured: `ascent`, `exact` or `first_order`.
         gamma (`float`, *optional*, defaults to `0.1`):
@@ -115,6 +117,9 @@ class MRPFConfig(TrainingArguments):
     min_channels: int = field(default=4, metadata={"help": "Fewest channels left in any unit."})
     round_to: int = field(default=1, metadata={"help": "Kept widths are multiples of this."})
     ignore: list[str] = field(default_factory=list, metadata={"help": "Modules or units that are never pruned."})
+    prune_heads: bool = field(
+        default=False, metadata={"help": "Attention loses whole heads, not channels of every head."}
+    )
     sensitivity_method: str = field(default="ascent", metadata={"help": f"MRS by: {', '.join(METHODS)}."})
     gamma: float = field(default=0.1, metadata={"help": "Weight perturbation, relative to the module's norm."})
     sensitivity_steps: int | None = field(

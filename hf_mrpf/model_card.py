@@ -34,6 +34,8 @@ class PlanSummary:
             were measured.
         rounds (`int`, *optional*, defaults to `1`):
             How many times the model was pruned.
+        of_dense (`dict[str, float]`, *optional*):
+            Where the model had been pruned before: fraction of the dense network kept in all, by metric.
     """
 
     allocation: str
@@ -45,6 +47,7 @@ class PlanSummary:
     gamma: float | None = None
     spearman: float | None = None
     rounds: int = 1
+    of_dense: dict[str, float] | None = None
 
     @classmethod
     def from_plan(cls, plan: Any, *, rounds: int = 1) -> Self:
@@ -69,6 +72,7 @@ class PlanSummary:
             gamma=sensitivity.get("settings", {}).get("gamma"),
             spearman=sensitivity.get("spearman"),
             rounds=rounds,
+            of_dense=plan.dense_size and {name: plan.after[name] / size for name, size in plan.dense_size.items()},
         )
 
 
@@ -197,7 +201,8 @@ def render_card(info: CardInfo) -> ModelCard:
         steps=markdown_table(_step_cells(info.pruning_steps)),
         selection=markdown_table(_step_cells(info.selection)),
         settings=markdown_table([["setting", "value"], *([key, str(value)] for key, value in info.training.items())]),
-        kept=_kept_text(info.plan) if info.plan else "",
+        kept=_kept_text(info.plan.achieved) if info.plan else "",
+        kept_of_dense=_kept_text((info.plan and info.plan.of_dense) or {}),
     )
 
 
@@ -272,9 +277,9 @@ def _figures_text(row: ResultRow) -> str:
     )
 
 
-def _kept_text(plan: PlanSummary) -> str:
+def _kept_text(kept: Mapping[str, float]) -> str:
     names = {"macs": "MACs", "params": "parameters"}
-    return " and ".join(f"{100 * value:.1f} % of the {names.get(key, key)}" for key, value in plan.achieved.items())
+    return " and ".join(f"{100 * value:.1f} % of the {names.get(key, key)}" for key, value in kept.items())
 
 
 def _public(value: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .units import PruningUnit, UnitGraph
+from .units import PruningUnit, UnitGraph, trace_units
 
 FORMAT_VERSION = 1
 
@@ -30,13 +30,17 @@ class PruningPlan:
         scores (`dict[str, float]`): nats by unit; empty where the allocation reads none and none were given.
         module_scores (`dict[str, float]`): nats by module, where unit scores were combined from them.
         ratios (`dict[str, float]`): fraction of channels removed, by unit.
-        kept (`dict[str, list[int]]`): channels kept, by unit: increasing indices into the model that was planned on.
+        kept (`dict`): channels kept, by unit: increasing indices into the model that was planned on. For attention and
+            heads `{"heads": [...], "qk": [[...], ...], "v": [[...], ...]}`: heads, and of each kept head the channels
+            of its queries and keys and those of its values.
         before, after (`dict[str, int]`): `"macs"` per image and `"params"` of the model before and after.
         achieved (`dict[str, float]`): fractions kept, `after / before`.
         example_shape (`tuple[int, ...]`): shape of one input batch, `[1, 3, H, W]`.
         sensitivity (`dict`, *optional*): `settings`, `per_set` scores and mean `spearman` of the sets, where measured.
         versions (`dict[str, str]`): of the libraries that made the plan.
         weights_sha256 (`str`): of the weights that were planned on.
+        dense_size (`dict[str, int]`, *optional*): where the model that was planned on had been pruned already, `"macs"`
+            and `"params"` of the dense network that it came from; None for a dense one, or one whose past is not known.
 
     Raises:
         ValueError: If the fields contradict each other, such as kept indices outside a unit.
@@ -56,7 +60,7 @@ class PruningPlan:
     scores: dict[str, float]
     module_scores: dict[str, float]
     ratios: dict[str, float]
-    kept: dict[str, list[int]]
+    kept: dict[str, Any]
     before: dict[str, int]
     after: dict[str, int]
     achieved: dict[str, float]
@@ -64,19 +68,31 @@ class PruningPlan:
     sensitivity: dict[str, Any] | None
     versions: dict[str, str]
     weights_sha256: str
+    dense_size: dict[str, int] | None = None
 
     def __post_init__(self) -> None:
         widths = {unit.name: unit.width for unit in self.units}
+        kinds = {unit.name: unit.kind for unit in self.units}
         if len(widths) != len(self.units):
             raise ValueError("units: two units have one name.")
         for key in ("kept", "ratios"):
             if set(getattr(self, key)) != set(widths):
                 raise ValueError(f"{key}: must name every unit once: {', '.join(widths)}.")
-        for name, indices in self.kept.items():
-            if not indices or any(not _is_int(index) for index in indices) or list(indices) != sorted(set(indices)):
-                raise ValueError(f"kept: unit {name!r} needs a non-empty list of increasing integers.")
-            if indices[0] < 0 or indices[-1] >= widths[name]:
-                raise ValueError(f"kept: unit {name!r} has channels 0 to {widths[name] - 1} only.")
+        for name, kept in self.kept.items():
+            if kinds[name] == "channels":
+                _check_indices(name, kept, widths[name])
+                continue
+            if not isinstance(kept, Mapping) or set(kept) != {"heads", "qk", "v"}:
+                raise ValueError(f"kept: unit {name!r} is attention and needs an object of 'heads', 'qk' and 'v'.")
+            heads = widths[name] if kinds[name] == "heads" else None
+            _check_indices(name, kept["heads"], heads)
+            for part in ("qk", "v"):
+                if not isinstance(kept[part], list | tuple) or len(kept[part]) != len(kept["heads"]):
+                    raise ValueError(f"kept: unit {name!r} needs one list of channels in {part!r} for each kept head.")
+                for indices in kept[part]:
+                    _check_indices(name, indices, widths[name] if kinds[name] == "attention" else None)
+            if len({len(indices) for part in ("qk", "v") for indices in kept[part]}) != 1:
+                raise ValueError(f"kept: every head of unit {name!r} needs the same number of channels.")
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-ready values."""
@@ -107,6 +123,8 @@ class PruningPlan:
         if unknown := sorted(set(given) - set(names)):
             raise ValueError(f"{source}: unknown key {unknown[0]!r}; known keys: {', '.join(names)}.")
         for name in names:
+            if name == "dense_size" and name not in given:  # a plan of the first release
+                continue
             if name not in given:
                 raise ValueError(f"{source}: key {name!r} is missing.")
             what, fits = _FIELD_TYPES[name]
@@ -152,12 +170,38 @@ def check_fits(plan: PruningPlan, graph: UnitGraph) -> None:
     """Refuse a plan that was made for other units: a ValueError that names the first difference."""
     planned = {unit.name: (unit.width, unit.members) for unit in plan.units}
     present = {unit.name: (unit.width, unit.members) for unit in graph.units}
+    for name, attention in graph.attention.items():
+        kept = plan.kept.get(name)
+        if isinstance(kept, Mapping) and (
+            kept["heads"][-1] >= attention.heads
+            or max(indices[-1] for part in ("qk", "v") for indices in kept[part]) >= attention.dim
+            or ("q" not in attention.rows and kept["qk"] != kept["v"])
+        ):
+            raise ValueError(
+                f"the plan is not for this model: unit {name!r} has {attention.heads} heads of {attention.dim} channels"
+                f"{'' if 'q' in attention.rows else ', its keys and values go together'}. Plan again with plan_pruning."
+            )
     for name in planned | present:
         if planned.get(name) != present.get(name):
             raise ValueError(
                 f"the plan is not for this model: unit {name!r} is {_describe(planned.get(name))} in the plan and "
                 f"{_describe(present.get(name))} in the model. Plan again with plan_pruning on this model."
             )
+
+
+def removed_fraction(unit: PruningUnit, kept: Any) -> float:
+    """Fraction of a unit's channels (those of one head, or heads) that are not in `kept`."""
+    if unit.kind == "attention":
+        kept = kept["v"][0]
+    elif unit.kind == "heads":
+        kept = kept["heads"]
+    return 1 - len(kept) / unit.width
+
+
+def trace_for(plan: PruningPlan, model: nn.Module, *, check: bool = False) -> UnitGraph:
+    """The units of a model as the plan cuts them: channels of heads, or whole heads."""
+    heads = any(unit.kind == "heads" for unit in plan.units)
+    return trace_units(model, torch.zeros(plan.example_shape), heads=heads, check=check)
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -171,6 +215,15 @@ def weights_sha256(model: nn.Module) -> str:
 
 def _describe(unit: tuple[int, tuple[str, ...]] | None) -> str:
     return "absent" if unit is None else f"{unit[0]} channels wide with members {', '.join(unit[1])}"
+
+
+def _check_indices(name: str, indices: Any, width: int | None) -> None:
+    given = isinstance(indices, list | tuple) and indices and all(_is_int(index) for index in indices)
+    if not given or list(indices) != sorted(set(indices)):
+        raise ValueError(f"kept: unit {name!r} needs a non-empty list of increasing integers.")
+    if indices[0] < 0 or (width is not None and indices[-1] >= width):
+        most = "" if width is None else f" to {width - 1}"
+        raise ValueError(f"kept: unit {name!r} has channels 0{most} only.")
 
 
 def _is_int(value: Any) -> bool:
@@ -198,7 +251,7 @@ def _is_unit(value: Any) -> bool:
         isinstance(value, Mapping)
         and set(value) == {field.name for field in fields(PruningUnit)}
         and _is_text(value["name"])
-        and value["kind"] == "channels"
+        and value["kind"] in ("channels", "attention", "heads")
         and _is_int(value["width"])
         and value["width"] > 0
         and _list_of(_is_text)(value["members"])
@@ -222,11 +275,23 @@ _FIELD_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "round_to": _INTEGER,
     "ignore": ("a list of strings", _list_of(_is_text)),
     "seed": _INTEGER,
-    "units": ("a list of units (name, kind 'channels', width, members, cost)", _list_of(_is_unit)),
+    "units": ("a list of units (name, kind, width, members, cost)", _list_of(_is_unit)),
     "scores": _NUMBERS,
     "module_scores": _NUMBERS,
     "ratios": _NUMBERS,
-    "kept": ("an object of lists of integers", _mapping_of(_list_of(_is_int))),
+    "kept": (
+        "an object of lists of integers (of heads, qk and v for attention)",
+        _mapping_of(
+            lambda kept: (
+                _list_of(_is_int)(kept)
+                or (
+                    isinstance(kept, Mapping)
+                    and _list_of(_is_int)(kept.get("heads"))
+                    and all(_list_of(_list_of(_is_int))(kept.get(part)) for part in ("qk", "v"))
+                )
+            )
+        ),
+    ),
     "before": _INTEGERS,
     "after": _INTEGERS,
     "achieved": _NUMBERS,
@@ -237,4 +302,5 @@ _FIELD_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "sensitivity": ("an object or null", lambda value: value is None or isinstance(value, Mapping)),
     "versions": ("an object of strings", _mapping_of(_is_text)),
     "weights_sha256": _TEXT,
+    "dense_size": ("an object of integers or null", lambda value: value is None or _INTEGERS[1](value)),
 }

@@ -1,7 +1,8 @@
 """Plan how many and which channels to keep, and remove the others."""
 
+import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .allocation import Widths, allowed_widths, get_allocation, meet_target, nearest_width
-from .architectures import refresh
 from .attacks import AttackConfig, keyed_start, pgd_attack
+from .efficiency import count_macs, count_parameters
 from .importance import get_importance
-from .plan import PruningPlan, check_fits, weights_sha256
+from .modeling import PrunedForImageClassification, describe_pruning
+from .plan import PruningPlan, check_fits, removed_fraction, trace_for, weights_sha256
 from .report import package_versions
 from .sensitivity import (
     COMBINERS,
@@ -21,7 +23,7 @@ from .sensitivity import (
     module_robustness_sensitivity,
     unit_sensitivity,
 )
-from .units import METRICS, PruningUnit, UnitGraph, trace_units
+from .units import METRICS, PruningUnit, UnitGraph, cut, trace_units
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -42,6 +44,7 @@ def plan_pruning(
     min_channels: int = 4,
     round_to: int = 1,
     ignore: Sequence[str] = (),
+    heads: bool = False,
     seed: int = 0,
 ) -> PruningPlan:
     """
@@ -83,6 +86,9 @@ def plan_pruning(
             Kept widths are multiples of this; a unit too narrow for one keeps all its channels.
         ignore (`Sequence[str]`, *optional*):
             Units to leave whole: unit names, or names of modules with a member inside, such as `"layer4"`.
+        heads (`bool`, *optional*, defaults to `False`):
+            Whether attention loses whole heads (at least one stays), instead of the same number of channels of every
+            head. `min_channels` and `round_to` are not about heads.
         seed (`int`, *optional*, defaults to 0):
             Of random importances and of the attack's starts.
 
@@ -95,7 +101,7 @@ def plan_pruning(
             met (the message says the smallest fraction that can).
     """
     allocate, score_channels = get_allocation(allocation), get_importance(importance)
-    _check_options(target, target_metric, combine, max_ratio, min_channels, round_to, seed)
+    _check_options(target, target_metric, combine, max_ratio, min_channels, round_to, seed, heads)
     data_driven = importance in ("taylor", "hessian")
     calibration = None if batches is None or attack is None else (list(batches), attack)
     if calibration is None and ((allocation == "mrs" and scores is None) or data_driven):
@@ -103,10 +109,13 @@ def plan_pruning(
         given = "batches and attack" if data_driven else "scores, or batches and attack to measure them on"
         raise ValueError(f"{purpose} needs {given}; none or only one was given.")
     check_finite_weights(model)
-    graph = trace_units(model, example)
+    graph = trace_units(model, example, heads=heads)
     free = _free_units(model, graph, ignore)
     before = graph.size({})
-    options = {unit.name: allowed_widths(unit.width, max_ratio, min_channels, round_to) for unit in free}
+    limits = (min_channels, round_to)
+    options = {
+        unit.name: allowed_widths(unit.width, max_ratio, *((1, 1) if unit.kind == "heads" else limits)) for unit in free
+    }
     _check_reachable(graph, options, target, target_metric)
 
     module_scores: dict[str, float] = {}
@@ -120,7 +129,9 @@ def plan_pruning(
     importances = score_channels(model, graph.groups, attacked, seed)
 
     order = {unit.name: unit_scores.get(unit.name, 0.0) for unit in free}
-    given_scores = {name: importances[name].tolist() for name in order} if allocation == "global" else order
+    given_scores: Mapping[str, Any] = order
+    if allocation == "global":
+        given_scores = {unit.name: _by_channel(graph, unit, importances) for unit in free}
     costs = {unit.name: graph.touching(unit, target_metric) for unit in free}
     free_widths = {unit.name: unit.width for unit in free}
 
@@ -137,10 +148,7 @@ def plan_pruning(
         lowest=1 - max_ratio,
     )
     after = graph.size(widths)
-    kept = {
-        unit.name: _most_important(importances[unit.name].tolist(), widths.get(unit.name, unit.width))
-        for unit in graph.units
-    }
+    kept = {unit.name: _choose(graph, unit, importances, widths.get(unit.name, unit.width)) for unit in graph.units}
     return PruningPlan(
         target=float(target),
         target_metric=target_metric,
@@ -155,7 +163,7 @@ def plan_pruning(
         units=graph.units,
         scores=unit_scores,
         module_scores=module_scores,
-        ratios={unit.name: 1 - len(kept[unit.name]) / unit.width for unit in graph.units},
+        ratios={unit.name: removed_fraction(unit, kept[unit.name]) for unit in graph.units},
         kept=kept,
         before=before,
         after=after,
@@ -164,6 +172,7 @@ def plan_pruning(
         sensitivity=_measurement(scores) if isinstance(scores, SensitivityResult) else None,
         versions=package_versions(),
         weights_sha256=weights_sha256(model),
+        dense_size=_dense_size(model, example),
     )
 
 
@@ -182,39 +191,33 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
         `nn.Module`: `model`.
 
     Raises:
-        ValueError: If the model's units are not those of the plan.
+        ValueError: If the model's units are not those of the plan, or it cannot be pruned rightly.
 
     Warns:
         UserWarning: If the weights are not those that the plan was made on.
     """
-    graph = trace_units(model, torch.zeros(plan.example_shape))
+    other_weights = weights_sha256(model) != plan.weights_sha256
+    # What was planned on was checked by planning.
+    graph = trace_for(plan, model, check=other_weights)
     check_fits(plan, graph)
-    if weights_sha256(model) != plan.weights_sha256:
+    if other_weights:
         warnings.warn(
             "the model's weights are not those that the plan was made on: its choice of channels may not suit them.",
             stacklevel=2,
         )
-    import torch_pruning as tp
-
-    cut: dict[tuple[str, str], Callable[[nn.Module, list[int]], nn.Module]] = {
-        ("conv", "out"): tp.prune_conv_out_channels,
-        ("conv", "in"): tp.prune_conv_in_channels,
-        ("depthwise", "both"): tp.prune_depthwise_conv_out_channels,
-        ("linear", "out"): tp.prune_linear_out_channels,
-        ("linear", "in"): tp.prune_linear_in_channels,
-        ("norm", "both"): tp.prune_batchnorm_out_channels,
-    }
-    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    # Each side of each layer is cut once, by indices into the dense layer, so no cut can shift another's indices.
-    for (layer, side), indices in graph.removed_positions(plan.kept).items():
-        cut[graph.layers[layer].kind, side](model.get_submodule(layer), indices)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trainable[name])
-    return refresh(model)
+    cut(model, graph, plan.kept)
+    return model
 
 
 def _check_options(
-    target: float, target_metric: str, combine: str, max_ratio: float, min_channels: int, round_to: int, seed: int
+    target: float,
+    target_metric: str,
+    combine: str,
+    max_ratio: float,
+    min_channels: int,
+    round_to: int,
+    seed: int,
+    heads: bool,
 ) -> None:
     for name, value in (("target", target), ("max_ratio", max_ratio)):
         if not isinstance(value, Real) or isinstance(value, bool) or not 0 < value < 1:
@@ -226,6 +229,8 @@ def _check_options(
         raise ValueError(f"target_metric is {target_metric!r}; known metrics: {', '.join(METRICS)}.")
     if combine not in (*COMBINERS, "joint"):
         raise ValueError(f"combine is {combine!r}; known: {', '.join(COMBINERS)}, joint.")
+    if not isinstance(heads, bool):
+        raise ValueError(f"heads is {heads!r}; True or False is needed.")
     for name, number, least in (("min_channels", min_channels, 1), ("round_to", round_to, 1), ("seed", seed, 0)):
         if not isinstance(number, int) or isinstance(number, bool) or number < least:
             raise ValueError(f"{name} is {number!r}; an integer of at least {least} is needed.")
@@ -241,7 +246,7 @@ def _free_units(model: nn.Module, graph: UnitGraph, ignore: Sequence[str]) -> li
     return [
         unit
         for unit in graph.units
-        if not any(member == name or member.startswith(f"{name}.") for name in ignore for member in unit.members)
+        if not any(f"{member}.".startswith((f"{name}.", f"{name}:")) for name in ignore for member in unit.members)
     ]
 
 
@@ -279,6 +284,18 @@ def _measurement(scores: SensitivityResult) -> dict[str, Any]:
     return {"settings": scores.settings, "per_set": list(scores.per_set), "spearman": scores.spearman}
 
 
+def _dense_size(model: nn.Module, example: Tensor) -> dict[str, int] | None:
+    """What the dense network of a pruned model's recipe costs; None where the model is dense, or has no recipe."""
+    if not isinstance(model, PrunedForImageClassification) or describe_pruning(model) is None:
+        return None
+    config = copy.deepcopy(model.config)
+    config.pruning = None
+    with torch.device("meta"):
+        dense = PrunedForImageClassification(config)
+        images = torch.zeros(1, *example.shape[1:])
+    return {"macs": count_macs(dense, images), "params": count_parameters(dense)}
+
+
 def _attacked(model: nn.Module, sets: Batches, attack: AttackConfig, seed: int) -> Batches:
     first = 0
     device = next(model.parameters()).device
@@ -293,3 +310,31 @@ def _attacked(model: nn.Module, sets: Batches, attack: AttackConfig, seed: int) 
 def _most_important(importances: list[float], count: int) -> list[int]:
     ranked = sorted(range(len(importances)), key=lambda channel: (-importances[channel], channel))
     return sorted(ranked[:count])
+
+
+def _by_channel(graph: UnitGraph, unit: PruningUnit, importances: Mapping[str, Tensor]) -> list[float]:
+    """Importance of each channel of a unit. Heads keep what is best of each: their channels are compared by rank."""
+    if unit.kind != "attention":
+        return importances[unit.name].tolist()
+    heads = graph.attention[unit.name].heads
+    parts = [importances[key] for part in ("qk", "v") if (key := f"{unit.name}:{part}") in importances]
+    return torch.cat([part.reshape(heads, -1).sort(dim=1).values for part in parts]).mean(0).tolist()
+
+
+def _choose(graph: UnitGraph, unit: PruningUnit, importances: Mapping[str, Tensor], count: int) -> Any:
+    """What a unit keeps: its most important channels, heads, or channels of each head."""
+    if unit.kind == "channels":
+        return _most_important(importances[unit.name].tolist(), count)
+    attention = graph.attention[unit.name]
+    if unit.kind == "heads":
+        kept = _most_important(importances[unit.name].tolist(), count)
+        return {"heads": kept} | {part: [list(range(attention.dim)) for _ in kept] for part in ("qk", "v")}
+    values = importances[f"{unit.name}:v"].reshape(attention.heads, -1).tolist()
+    queries = values
+    if f"{unit.name}:qk" in importances:
+        queries = importances[f"{unit.name}:qk"].reshape(attention.heads, -1).tolist()
+    return {
+        "heads": list(range(attention.heads)),
+        "qk": [_most_important(head, count) for head in queries],
+        "v": [_most_important(head, count) for head in values],
+    }

@@ -1,9 +1,9 @@
 """Without training: refit the layers that lost inputs in closed form, and measure BatchNorm statistics anew."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .attacks import AttackConfig, eval_mode, keyed_start, pgd_attack
-from .units import trace_units
+from .plan import PruningPlan, trace_for
 
 MAX_INPUTS = 8192
 # Elements of one block of image patches: 64 MB in float64.
@@ -19,16 +19,6 @@ _BLOCK = 2**23
 
 Layer = nn.Conv2d | nn.Linear
 Batches = Iterable[tuple[Tensor, Tensor]]
-
-
-class Plan(Protocol):
-    """What the repair reads of a `PruningPlan`."""
-
-    @property
-    def example_shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def kept(self) -> Mapping[str, Sequence[int]]: ...
 
 
 @dataclass(frozen=True)
@@ -51,7 +41,7 @@ class RepairReport:
 def repair(
     pruned: nn.Module,
     dense: nn.Module,
-    plan: Plan,
+    plan: PruningPlan,
     batches: Batches,
     attack: AttackConfig | None,
     *,
@@ -93,11 +83,12 @@ def repair(
     """
     if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < float("inf"):
         raise ValueError(f"damping is {damping!r}; a positive number is needed.")
-    graph = trace_units(dense, torch.zeros(plan.example_shape))
+    graph = trace_for(plan, dense)
     removed = graph.removed_positions(plan.kept)
-    _check_models(pruned, dense, removed)
+    plain = {key: indices for key, indices in removed.items() if graph.layers[key[0]].kind != "parameter"}
+    _check_models(pruned, dense, {key: gone for key, gone in plain.items() if graph.layers[key[0]].groups == 1})
     left, repairable = {}, []
-    for layer, side in removed:
+    for layer, side in plain:
         if side == "out" or graph.layers[layer].kind == "norm":
             continue
         reason = _reason_to_leave(dense.get_submodule(layer))
@@ -112,7 +103,8 @@ def repair(
         outputs = _kept(graph.layers[layer].outs, removed.get((layer, "out"), []))
         channels = _kept(graph.layers[layer].ins, removed[layer, "in"])
         # Popped, so that each moment's memory is free once its layer is done.
-        errors[layer] = _refit(old, new, outputs, channels, moments.pop(layer), damping)
+        scale = graph.folded_scale(plan.kept, layer)
+        errors[layer] = _refit(old, new, outputs, channels, moments.pop(layer), damping, scale)
     return RepairReport(errors, left)
 
 
@@ -181,7 +173,7 @@ def _check_models(pruned: nn.Module, dense: nn.Module, removed: dict[tuple[str, 
 def _reason_to_leave(layer: nn.Module) -> str | None:
     if isinstance(layer, nn.Conv2d):
         if layer.groups > 1:
-            return "depthwise: it mixes no channels"
+            return "depthwise: it mixes no channels" if layer.groups == layer.in_channels else "a grouped convolution"
         if type(layer) is not nn.Conv2d or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             return "padding that is not a fixed number of zeros"
     inputs = cast(nn.Linear, layer).weight[0].numel()
@@ -259,7 +251,13 @@ def _kept(count: int, removed: list[int]) -> list[int]:
 
 @torch.no_grad()
 def _refit(
-    old: Layer, new: Layer, outputs: list[int], channels: list[int], moment: Tensor, damping: float
+    old: Layer,
+    new: Layer,
+    outputs: list[int],
+    channels: list[int],
+    moment: Tensor,
+    damping: float,
+    scale: list[float] | None,
 ) -> tuple[float, float]:
     weight = old.weight.double()[outputs].flatten(1)
     size = weight.shape[1] // old.weight.shape[1]
@@ -277,10 +275,12 @@ def _refit(
     def error(kept: Tensor) -> float:
         difference = weight.clone()
         difference[:, columns] -= kept
-        scale = ((weight @ moment) * weight).sum()
-        return (((difference @ moment) * difference).sum() / scale).item() if scale > 0 else 0.0
+        whole = ((weight @ moment) * weight).sum()
+        return (((difference @ moment) * difference).sum() / whole).item() if whole > 0 else 0.0
 
     before, after = error(weight[:, columns]), error(refitted)
+    if scale is not None:
+        refitted = refitted * refitted.new_tensor(scale)[:, None]
     if new.bias is not None:
         new.bias.copy_(refitted[:, -1])
         refitted = refitted[:, :-1]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .attacks import AttackConfig, check_pixels, eval_mode, frozen, keyed_start, logits_of, pgd_attack
+from .attention import attention_slices
 
 SCORED_MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
@@ -96,7 +97,8 @@ def module_robustness_sensitivity(
             Members perturbed together as one vector of radius `gamma * ||theta_group||`, by group name; the scores are
             then those of the groups. Defaults to each module by itself.
         slices (`Mapping[str, tuple[str, slice]]`, *optional*):
-            Further members: rows (of dimension 0) of one module's weight, by name.
+            Further members: rows (of dimension 0) of one module's weight, by name. Defaults to the queries, keys and
+            values of fused projections, as `name:q`, `name:k` and `name:v`.
         batch_size (`int`, *optional*, defaults to `128`):
             Images run at once; larger sets are summed up in parts.
         progress (`bool`, *optional*, defaults to `False`):
@@ -111,6 +113,7 @@ def module_robustness_sensitivity(
     """
     steps = _check_options(method, gamma, num_steps, batch_size)
     check_finite_weights(model)
+    slices = attention_slices(model) if slices is None else slices
     targets = _targets(model, groups, slices)
     every_piece = [piece for pieces in targets.values() for piece in pieces]
     sets = _calibration_sets(batches)

@@ -24,7 +24,7 @@ from .data import (
 )
 from .efficiency import count_macs, count_parameters
 from .objectives import Objective, get_objective
-from .plan import PruningPlan
+from .plan import PruningPlan, removed_fraction
 from .pruning import plan_pruning, prune
 from .publishing import PublishingTrainer
 from .repair import RepairReport, recalibrate_batchnorm, repair
@@ -207,7 +207,8 @@ class MRPFTrainer(PublishingTrainer):
         args, example, scores = self.args, calibration[0][0][:1], None
         if args.allocation == "mrs":
             joint = args.combine == "joint"
-            groups = {unit.name: unit.members for unit in pruning_units(model, example)} if joint else None
+            units = pruning_units(model, example, heads=args.prune_heads) if joint else []
+            groups = {unit.name: unit.members for unit in units} if joint else None
             scores = module_robustness_sensitivity(
                 model,
                 calibration,
@@ -235,6 +236,7 @@ class MRPFTrainer(PublishingTrainer):
             min_channels=args.min_channels,
             round_to=args.round_to,
             ignore=tuple(args.ignore),
+            heads=args.prune_heads,
             seed=args.seed,
         )
 
@@ -387,6 +389,5 @@ def _size(model: nn.Module, plan: PruningPlan) -> dict[str, int]:
 def _with_measured_size(plan: PruningPlan, before: dict[str, int], after: dict[str, int]) -> PruningPlan:
     """The plan with the sizes that were measured and the ratios of what it keeps, whatever a hook made of it."""
     achieved = {metric: after[metric] / before[metric] for metric in after}
-    channels = [unit for unit in plan.units if unit.kind == "channels"]
-    ratios = plan.ratios | {unit.name: 1 - len(plan.kept[unit.name]) / unit.width for unit in channels}
+    ratios = {unit.name: removed_fraction(unit, plan.kept[unit.name]) for unit in plan.units}
     return dataclasses.replace(plan, ratios=ratios, before=before, after=after, achieved=achieved)

@@ -1,20 +1,24 @@
 """Coupled channels: what must be pruned together, and what a network costs at any widths, without running it again."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from .architectures import known_layers, unsupported
-from .attacks import eval_mode, logits_of
-from .operations import ChannelWatch
+from .architectures import known_layers, owner, refresh, unsupported
+from .attacks import eval_mode
+from .attention import FoundAttention, find_attention, head_parts, head_slots, removed_rows
+from .coupling import couple
+from .exactness import TOLERANCE, removal_error
+from .groups import importance_group
+from .layers import PRODUCERS, Layer, Slot, loose_parameters, measure_layers, parameter_layer
+from .surgery import cut_layer, scale_rows
 
 if TYPE_CHECKING:
     from torch_pruning.dependency import Group
+
 
 METRICS = ("macs", "params")
 
@@ -22,19 +26,20 @@ METRICS = ("macs", "params")
 @dataclass(frozen=True)
 class PruningUnit:
     """
-    Channels that share one width: a residual stream, the inside of a block, a depthwise chain.
+    Channels that share one width: a residual stream, the inside of a block, a depthwise chain, the heads of attention.
 
     Attributes:
         name (`str`):
-            Name of the first member in module order.
+            Name of the first member in module order, or of the attention module.
         kind (`str`):
-            `"channels"`.
+            `"channels"`; `"attention"` for the channels of each head of one attention, of which every head keeps the
+            same number; `"heads"` for whole heads.
         width (`int`):
-            Number of channels. Channel `i` is output `i` of every member (a block of outputs where they are
-            unflattened).
+            Number of channels: outputs of the first member, blocks of outputs where those cannot be parted (the groups
+            of a grouped convolution), channels of one head, or heads.
         members (`tuple[str, ...]`):
             `named_modules` names of the convolutions and linear layers whose *output* channels are in the unit, in
-            module order.
+            module order; with `":q"`, `":k"`, `":v"` for parts of a fused projection.
         cost (`int`):
             Multiply-accumulates per image that touch the unit: those that would be saved if it had no channels. One
             between two units counts in both, so costs add up to more than the network's.
@@ -47,35 +52,6 @@ class PruningUnit:
     cost: int
 
 
-@dataclass(frozen=True)
-class Slot:
-    """
-    One side of one layer that follows a unit's width.
-
-    Attributes:
-        layer (`str`): `named_modules` name.
-        side (`str`): `"out"`, `"in"`, or `"both"` where they are the same channels (BatchNorm, depthwise layers).
-        positions (`tuple[tuple[int, ...], ...]`): for each channel of the unit its indices on that side: one, or
-            several after a flatten; offset after a concatenation.
-    """
-
-    layer: str
-    side: str
-    positions: tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """Shape of a layer: MACs are `macs_each * outs * ins` (`ins` is 1 in depthwise and norm layers)."""
-
-    kind: str
-    outs: int
-    ins: int
-    macs_each: int
-    params_each: int
-    params_out: int
-
-
 @dataclass(frozen=True, eq=False)
 class UnitGraph:
     """
@@ -84,14 +60,17 @@ class UnitGraph:
     Attributes:
         units (`tuple[PruningUnit, ...]`): in module order of their first members.
         slots (`dict[str, tuple[Slot, ...]]`): by unit name.
-        groups (`dict[str, Group]`): torch-pruning's groups with all channels, for its importance functions.
-        layers (`dict[str, _Layer]`): every layer with parameters.
+        groups (`dict[str, Group]`): torch-pruning's groups with all channels, for its importance functions: one a unit
+            of channels or heads; two for attention, `"name:qk"` and `"name:v"`, with the channels of all heads.
+        layers (`dict[str, Layer]`): every layer with parameters.
+        attention (`dict[str, FoundAttention]`): by unit name.
     """
 
     units: tuple[PruningUnit, ...]
     slots: dict[str, tuple[Slot, ...]]
     groups: dict[str, "Group"]
-    layers: dict[str, _Layer]
+    layers: dict[str, Layer]
+    attention: dict[str, FoundAttention]
 
     def size(self, widths: Mapping[str, int]) -> dict[str, int]:
         """
@@ -108,8 +87,12 @@ class UnitGraph:
         for unit in self.units:
             removed = unit.width - widths.get(unit.name, unit.width)
             for slot in self.slots[unit.name] if removed else ():
-                side = ins if slot.side == "in" else outs
-                side[slot.layer] -= removed * len(slot.positions[0])
+                count = removed * len(slot.positions[0])
+                if slot.side != "in":
+                    outs[slot.layer] -= count
+                elif not self.layers[slot.layer].loses_groups:
+                    # Each group reads its own share of the inputs.
+                    ins[slot.layer] -= count // self.layers[slot.layer].groups
         layers = self.layers.items()
         return {
             "macs": sum(layer.macs_each * outs[name] * ins[name] for name, layer in layers),
@@ -120,26 +103,53 @@ class UnitGraph:
         """MACs per image (or parameters) that would be saved if `unit` had no channels at all."""
         return self.size({})[metric] - self.size({unit.name: 0})[metric]
 
-    def removed_positions(self, kept: Mapping[str, Sequence[int]]) -> dict[tuple[str, str], list[int]]:
+    def removed_positions(self, kept: Mapping[str, Any]) -> dict[tuple[str, str], list[int]]:
         """
         Translate kept channels of units to removed indices of layers.
 
         Args:
-            kept (`Mapping[str, Sequence[int]]`): channels kept by unit name; a unit that is not named keeps all.
+            kept (`Mapping`): channels kept by unit name, as in [`PruningPlan`]; a unit that is not named keeps all.
 
         Returns:
             `dict[tuple[str, str], list[int]]`: by (layer, side), sorted; sides that lose nothing are left out.
         """
-        removed: dict[tuple[str, str], list[int]] = {}
+        removed: dict[tuple[str, str], set[int]] = {}
         for unit in self.units:
-            gone = sorted(set(range(unit.width)) - set(kept.get(unit.name, range(unit.width))))
-            for slot in self.slots[unit.name] if gone else ():
-                indices = removed.setdefault((slot.layer, slot.side), [])
-                indices.extend(index for channel in gone for index in slot.positions[channel])
-        return {key: sorted(indices) for key, indices in removed.items()}
+            if unit.name not in kept:
+                continue
+            if unit.name in self.attention:
+                for key, indices in removed_rows(self.attention[unit.name], kept[unit.name]):
+                    removed.setdefault(key, set()).update(indices)
+                continue
+            gone = set(range(unit.width)) - set(kept[unit.name])
+            for slot in self.slots[unit.name]:
+                indices = removed.setdefault((slot.layer, slot.side), set())
+                indices.update(index for channel in gone for index in slot.positions[channel])
+        return {key: sorted(indices) for key, indices in removed.items() if indices}
+
+    def folded_scale(self, kept: Mapping[str, Any], layer: str) -> list[float] | None:
+        """
+        Factors of a query projection's kept rows that make up for the softmax scale of narrower heads.
+
+        Heads of D' channels are scaled by `D' ** -0.5`: times `sqrt(D' / D)` on the queries that is `D ** -0.5` again.
+
+        Returns:
+            `list[float]`, *optional*: one factor a kept row; None where the layer makes no queries, or narrower ones.
+        """
+        for name, attention in self.attention.items():
+            if attention.rows.get("q", ("", 0))[0] != layer or name not in kept:
+                continue
+            heads = [len(dims) for dims in kept[name]["qk"]]
+            factor = (heads[0] / attention.dim) ** 0.5
+            values = sum(len(dims) for dims in kept[name]["v"])
+            rows = {"q": sum(heads), "k": sum(heads), "v": values}
+            order = sorted(part for part, (own, _) in attention.rows.items() if own == layer)
+            order.sort(key=lambda part: attention.rows[part][1])
+            return [factor if part == "q" else 1.0 for part in order for _ in range(rows[part])]
+        return None
 
 
-def pruning_units(model: nn.Module, example: Tensor) -> list[PruningUnit]:
+def pruning_units(model: nn.Module, example: Tensor, *, heads: bool = False) -> list[PruningUnit]:
     """
     Find the coupled sets of channels of a model.
 
@@ -152,6 +162,8 @@ def pruning_units(model: nn.Module, example: Tensor) -> list[PruningUnit]:
             flags, BatchNorm statistics and the random state are left as they were.
         example (`torch.Tensor` of shape `[N, C, H, W]`):
             Images of the size that counts, pixels in [0, 1]. The first one is used.
+        heads (`bool`, *optional*, defaults to `False`):
+            Whether attention loses whole heads, instead of channels of every head (linear attention has no heads).
 
     Returns:
         `list[PruningUnit]`: in module order of their first members.
@@ -160,136 +172,117 @@ def pruning_units(model: nn.Module, example: Tensor) -> list[PruningUnit]:
         ValueError: If the model holds a layer or an operation that could not be pruned rightly; its full class name is
             given.
     """
-    return list(trace_units(model, example).units)
+    return list(trace_units(model, example, heads=heads).units)
 
 
-def trace_units(model: nn.Module, example: Tensor) -> UnitGraph:
+def trace_units(model: nn.Module, example: Tensor, *, heads: bool = False, check: bool = True) -> UnitGraph:
     """Like [`pruning_units`], with the indices and sizes of every layer that they touch."""
-    kinds = known_layers(model)
     if not isinstance(example, Tensor) or example.ndim != 4 or example.shape[0] == 0:
         given = list(example.shape) if isinstance(example, Tensor) else type(example).__name__
         raise ValueError(f"example is {given}; a tensor of at least one image [N, 3, H, W] is needed.")
+    kinds, attentions = known_layers(model), find_attention(model)
     reference = next(model.parameters())
     example = example[:1].to(reference.device, reference.dtype)
+    products = {name: (2 * a.heads * a.dim, {*a.projections, a.out}) for name, a in attentions.items()}
     with eval_mode(model):
-        layers = _measure(model, example, kinds)
-        groups = _coupled_groups(model, example)
-    names = {module: name for name, module in model.named_modules()}
+        layers = measure_layers(model, example, kinds, products)
+        axes = {name: axis for attention in attentions.values() for name, axis in attention.per_head.items()}
+        for name, parameter in loose_parameters(model, kinds).items():
+            layers[name] = parameter_layer(parameter, axes.get(name, 0))
+        coupled = couple(model, example, layers, attentions)
+    graph = _graph(model, kinds, layers, coupled, attentions, heads)
+    if check:
+        _check(model, example, graph)
+    return graph
+
+
+def cut(model: nn.Module, graph: UnitGraph, kept: Mapping[str, Any]) -> None:
+    """Remove from a model, in place, what `kept` (as in [`PruningPlan`]) does not keep of the units of its graph."""
+    # Each side of each layer is cut once, by indices into the dense layer, so no cut can shift another's indices.
+    for (name, side), removed in graph.removed_positions(kept).items():
+        cut_layer(model, name, graph.layers[name], side, removed)
+    for name, attention in graph.attention.items():
+        if name in kept and attention.heads_attribute is not None:
+            queries = attention.rows["q"][0]
+            if (factors := graph.folded_scale(kept, queries)) is not None:
+                scale_rows(model.get_submodule(queries), factors)
+            module, attribute = attention.heads_attribute
+            setattr(model.get_submodule(module), attribute, len(kept[name]["heads"]))
+    refresh(model)
+
+
+def _graph(
+    model: nn.Module,
+    kinds: Mapping[str, str],
+    layers: dict[str, Layer],
+    coupled: Sequence[tuple[Slot, ...]],
+    attentions: dict[str, FoundAttention],
+    heads: bool,
+) -> UnitGraph:
     order = {name: index for index, name in enumerate(kinds)}
-    found = []
-    for group in groups:
-        slots = tuple(sorted(_slots(group, names, layers), key=lambda slot: (order[slot.layer], slot.side)))
-        members = tuple(slot.layer for slot in slots if slot.side != "in" and layers[slot.layer].kind != "norm")
-        found.append((PruningUnit(members[0], "channels", len(slots[0].positions), members, 0), slots, group))
-    found.sort(key=lambda entry: order[entry[0].name])
-    graph = UnitGraph(
-        tuple(unit for unit, _, _ in found),
-        {unit.name: slots for unit, slots, _ in found},
-        {unit.name: group for unit, _, group in found},
-        layers,
-    )
-    costs = {unit.name: graph.touching(unit, "macs") for unit in graph.units}
-    units = tuple(PruningUnit(u.name, u.kind, u.width, u.members, costs[u.name]) for u in graph.units)
-    return UnitGraph(units, graph.slots, graph.groups, layers)
-
-
-def _coupled_groups(model: nn.Module, example: Tensor) -> list["Group"]:
-    """torch-pruning's groups of all channels, without those that reach the logits."""
-    import torch_pruning as tp
-
-    def forward(traced: nn.Module, images: Tensor) -> Tensor:
-        # The sum is an operation of its own, so that the graph ends in an output node whatever layer makes the logits.
-        return logits_of(traced(images)) + 0.0
-
-    with torch.enable_grad(), _all_trainable(model):
-        try:
-            graph = tp.DependencyGraph().build_dependency(model, example, forward_fn=forward, verbose=False)
-            groups = list(graph.get_all_groups())
-        except Exception as error:
-            # The forward pass itself ran just before, so this is an operation that torch-pruning cannot follow.
-            raise unsupported("", model, f"holds an operation that torch-pruning cannot follow ({error!r})") from error
-    output = tp.ops.OPTYPE.OUTPUT
-    return [group for group in groups if all(dep.target.type != output for dep, _ in group)]
-
-
-def _slots(group: "Group", names: Mapping[nn.Module, str], layers: Mapping[str, _Layer]) -> Iterator[Slot]:
-    width = len(group[0].idxs)
-    for item in group.items:
-        name = names.get(item.dep.target.module, "")
-        if name not in layers:
-            continue
-        layer = layers[name]
-        if layer.kind in ("norm", "depthwise"):
-            side = "both"
-        else:
-            side = "out" if item.dep.handler.__name__ == "prune_out_channels" else "in"
-        positions: list[list[int]] = [[] for _ in range(width)]
-        for index, channel in zip(item.idxs, item.root_idxs, strict=True):
-            positions[channel].append(index)
-        uneven = len({len(indices) for indices in positions}) != 1 or len(set(item.idxs)) != len(item.idxs)
-        if uneven or (side == "out" and len(item.idxs) != layer.outs):
-            raise unsupported(name, item.dep.target.module, "sees its channels mixed by an operation before it")
-        yield Slot(name, side, tuple(tuple(sorted(indices)) for indices in positions))
-
-
-def _measure(model: nn.Module, example: Tensor, kinds: Mapping[str, str]) -> dict[str, _Layer]:
-    """Shapes of all layers; refuses a model whose multiply-accumulates they do not account for."""
     modules = dict(model.named_modules())
-    positions = dict.fromkeys(kinds, 0)
-    handles = []
-    for name, kind in kinds.items():
-        channel_axis = 1 if kind in ("conv", "depthwise") else -1
-
-        def count(module: nn.Module, inputs: tuple, output: Tensor, name: str = name, axis: int = channel_axis) -> None:
-            positions[name] += output.numel() // output.shape[axis]
-
-        handles.append(modules[name].register_forward_hook(count))
-    counter, watch = FlopCounterMode(display=False), ChannelWatch()
-    try:
-        with torch.enable_grad(), _all_trainable(model), counter, watch:
-            model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    layers = {name: _shape(modules[name], kind, positions[name]) for name, kind in kinds.items()}
-    if counter.get_total_flops() != 2 * sum(layer.macs_each * layer.outs * layer.ins for layer in layers.values()):
-        _refuse_other_products(counter, modules, kinds)
-    if watch.found:
-        operations = ", ".join(dict.fromkeys(watch.found))
-        raise unsupported("", model, f"moves or mixes channels between its layers ({operations})")
-    return layers
+    units: list[PruningUnit] = []
+    slots: dict[str, tuple[Slot, ...]] = {}
+    groups: dict[str, Group] = {}
+    for own in coupled:
+        members = tuple(slot.layer for slot in own if slot.side != "in" and layers[slot.layer].kind in PRODUCERS)
+        units.append(PruningUnit(members[0], "channels", len(own[0].positions), members, 0))
+        slots[members[0]], groups[members[0]] = own, importance_group(modules, layers, own)
+    for name, attention in attentions.items():
+        whole = heads and attention.heads_attribute is not None
+        slots[name] = head_slots(attention, whole)
+        width = attention.heads if whole else attention.dim
+        units.append(PruningUnit(name, "heads" if whole else "attention", width, attention.members, 0))
+        for key, part in head_parts(attention, slots[name], whole):
+            groups[key] = importance_group(modules, layers, part)
+    units.sort(key=lambda unit: order[unit.members[0].partition(":")[0]])
+    graph = UnitGraph(tuple(units), slots, groups, layers, attentions)
+    costs = {unit.name: graph.touching(unit, "macs") for unit in units}
+    return replace(graph, units=tuple(replace(unit, cost=costs[unit.name]) for unit in units))
 
 
-def _shape(module: nn.Module, kind: str, positions: int) -> _Layer:
-    bias = int(getattr(module, "bias", None) is not None)
-    if kind == "norm":
-        affine = int(module.weight is not None)
-        return _Layer(kind, module.num_features, 1, 0, affine, bias)  # type: ignore[arg-type]
-    weight = cast(Tensor, module.weight)
-    kernel = weight[0, 0].numel()
-    return _Layer(kind, weight.shape[0], weight.shape[1], positions * kernel, kernel, bias)
+def _check(model: nn.Module, example: Tensor, graph: UnitGraph) -> None:
+    """Refuse a model of which a removal at random widths is not exact; the unit at fault is named."""
+    generator = torch.Generator().manual_seed(0)
+    kept = {unit.name: _some(graph, unit, generator) for unit in graph.units}
+
+    def error(chosen: Mapping[str, Any]) -> float:
+        removed = graph.removed_positions(chosen)
+        return removal_error(model, example, graph.layers, removed, lambda pruned: cut(pruned, graph, chosen))
+
+    def fault(chosen: Mapping[str, Any]) -> str | None:
+        try:
+            found = error(chosen)
+        except Exception as broken:  # an arbitrary network's own code may fail in any way at other widths
+            return f"does not run with fewer channels ({broken})"
+        if found <= TOLERANCE:
+            return None
+        return f"moves, mixes or shifts channels between its layers (removing some changes the others by {found:.1e})"
+
+    if fault(kept) is None:
+        return
+    for unit in graph.units:
+        if reason := fault({unit.name: kept[unit.name]}):
+            names = [slot.layer.partition(":")[0] for slot in graph.slots[unit.name]]
+            raise unsupported(*owner(model, names), f"{reason}; they are those of {', '.join(unit.members)}")
+    raise unsupported("", model, f"{fault(kept)}; it shows where several units lose some at once")
 
 
-def _refuse_other_products(
-    counter: FlopCounterMode, modules: Mapping[str, nn.Module], kinds: Mapping[str, str]
-) -> None:
-    """Name the innermost module that multiplies matrices (as attention does) outside of the known layers."""
-    counts = {name.partition(".")[2]: sum(flops.values()) for name, flops in counter.get_flop_counts().items()}
-    for name, module in reversed(list(modules.items())):
-        children = sum(counts.get(f"{name}.{child}".lstrip("."), 0) for child, _ in module.named_children())
-        if name not in kinds and counts.get(name, 0) > children:
-            raise unsupported(name, module, "multiplies matrices or convolves outside of such layers")
-    raise unsupported("", modules[""], "computes products that its layers do not account for")
+def _some(graph: UnitGraph, unit: PruningUnit, generator: torch.Generator) -> Any:
+    """About two thirds of a unit: an odd number, so that code which counts on even widths shows."""
 
+    def choose(width: int) -> list[int]:
+        count = max(1, 2 * width // 3)
+        count -= count > 1 and count % 2 == 0
+        return sorted(torch.randperm(width, generator=generator)[:count].tolist())
 
-@contextmanager
-def _all_trainable(model: nn.Module) -> Iterator[None]:
-    """Let autograd, which the trace reads, see every parameter; afterwards each has its own flag back."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    for parameter, _ in flags:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+    if unit.kind == "channels":
+        return choose(unit.width)
+    attention = graph.attention[unit.name]
+    if unit.kind == "heads":
+        heads, dims = choose(attention.heads), [list(range(attention.dim))] * attention.heads
+        return {"heads": heads, "qk": dims[: len(heads)], "v": dims[: len(heads)]}
+    heads = list(range(attention.heads))
+    values = [choose(attention.dim) for _ in heads]
+    queries = [choose(attention.dim) for _ in heads] if "q" in attention.rows else values
+    return {"heads": heads, "qk": queries, "v": values}

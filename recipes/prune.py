@@ -164,7 +164,7 @@ def refuse_unreachable(model: PrunedForImageClassification, data: ImageData, arg
     limits = {name: getattr(args, name) for name in ("max_ratio", "min_channels", "round_to")}
     plan_pruning(
         model, example, target=args.target, target_metric=args.target_metric, allocation="uniform",
-        ignore=tuple(args.ignore), **limits,
+        ignore=tuple(args.ignore), heads=args.prune_heads, **limits,
     )  # fmt: skip
 
 

@@ -1,16 +1,19 @@
 """Test networks, and the masked original that a rightly pruned network must equal."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
 import timm
 import torch
 from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_mrpf.attacks import logits_of
-from hf_mrpf.plan import PruningPlan
-from hf_mrpf.units import trace_units
+from hf_mrpf.efficiency import count_macs, count_parameters
+from hf_mrpf.plan import PruningPlan, trace_for
+from hf_mrpf.pruning import plan_pruning, prune
 
 
 def narrow_resnet() -> nn.Module:
@@ -56,6 +59,8 @@ class ConcatFlatten(nn.Module):
         return self.classes(torch.relu(self.hidden(torch.relu(self.mix(joined)).flatten(1))))
 
 
+EXACT = 1e-12
+
 # Name -> (network, image size).
 NETWORKS = {
     "resnet": (narrow_resnet, 32),
@@ -86,30 +91,88 @@ def randomise(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def masked(model: nn.Module, plan: PruningPlan) -> Iterator[nn.Module]:
-    """The dense model with every channel that the plan removes set to zero behind its layers and norms."""
-    graph = trace_units(model, torch.zeros(plan.example_shape))
-    handles = []
-    for unit in plan.units:
-        gone = set(range(unit.width)) - set(plan.kept[unit.name])
-        for slot in graph.slots[unit.name]:
-            if slot.side == "in":
-                continue
-            zero = [index for channel in gone for index in slot.positions[channel]]
+    """
+    The dense model with every channel that the plan removes set to zero behind its layers and norms, and in parameters
+    without a layer; layer and group norms take their statistics over what is kept.
+    """
+    graph = trace_for(plan, model)
+    handles, restore = [], []
+    for (name, side), zero in graph.removed_positions(plan.kept).items():
+        if side == "in":
+            continue
+        if graph.layers[name].kind == "parameter":
+            parameter = model.get_parameter(name)
+            restore.append((parameter, parameter.detach().clone()))
+            with torch.no_grad():
+                parameter.index_fill_(graph.layers[name].axis, torch.tensor(zero), 0.0)
+            continue
+        module = model.get_submodule(name)
 
-            def hook(module: nn.Module, inputs: tuple, output: Tensor, zero: list[int] = zero) -> Tensor:
-                output = output.clone()
-                output[:, zero] = 0
-                return output
+        def hook(module: nn.Module, inputs: tuple, output: Tensor, zero: list[int] = zero) -> Tensor:
+            axis = -1 if isinstance(module, nn.Linear) or _last(module) else 1
+            if isinstance(module, nn.LayerNorm | nn.GroupNorm):
+                output = _norm_of_kept(module, inputs[0], zero, axis)
+            return output.index_fill(axis, torch.tensor(zero), 0.0)
 
-            handles.append(model.get_submodule(slot.layer).register_forward_hook(hook))
+        handles.append(module.register_forward_hook(hook))
     try:
         yield model
     finally:
         for handle in handles:
             handle.remove()
+        with torch.no_grad():
+            for parameter, value in restore:
+                parameter.copy_(value)
+
+
+def _last(module: nn.Module) -> bool:
+    first = "2d" in type(module).__name__ or getattr(module, "data_format", "") == "channels_first"
+    return isinstance(module, nn.LayerNorm) and not first
+
+
+def _norm_of_kept(module: nn.Module, features: Tensor, zero: list[int], axis: int) -> Tensor:
+    """The formula of LayerNorm and of GroupNorm with one group, with moments of the kept channels alone."""
+    kept = torch.tensor([index for index in range(features.shape[axis]) if index not in set(zero)])
+    own = features.index_select(axis, kept)
+    axes = tuple(range(1, features.ndim)) if isinstance(module, nn.GroupNorm) else (axis,)
+    mean, variance = own.mean(axes, keepdim=True), own.var(axes, correction=0, keepdim=True)
+    shape = [1] * features.ndim
+    shape[axis] = -1
+    normal = (features - mean) / (variance + module.eps).sqrt()
+    return normal * module.weight.reshape(shape) + module.bias.reshape(shape)
 
 
 @torch.no_grad()
 def relative_error(model: nn.Module, reference: nn.Module, images: Tensor) -> float:
     expected = logits_of(reference(images))
     return ((logits_of(model(images)) - expected).abs().max() / expected.abs().max()).item()
+
+
+def check_against_masked(model, images, **options):
+    """Prunes `model`, compares it with its masked original, with the counted cost and with its own gradients."""
+    plan = plan_pruning(model, images, importance="random", **options)
+    dense, original = copy.deepcopy(model), copy.deepcopy(model)
+    prune(model, plan)
+    with masked(original, plan):
+        assert relative_error(model, original, images) <= EXACT
+    assert relative_error(model, dense, images) > 1e-3
+    assert plan.after == {"macs": count_macs(model, images), "params": count_parameters(model)}
+    assert plan.before == {"macs": count_macs(dense, images), "params": count_parameters(dense)}
+    logits_of(model(images)).square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    model.zero_grad()
+    return plan
+
+
+def check_family(build, size, targets, rounds=3, tolerance=0.01, **options):
+    images = torch.rand(2, 3, size, size, dtype=torch.float64)
+    dense = randomise(build())
+    for seed, target in enumerate(targets):
+        plan = check_against_masked(
+            copy.deepcopy(dense), images, target=target, allocation="global", seed=seed, **options
+        )
+        assert plan.achieved["macs"] == pytest.approx(target, rel=tolerance)
+    for seed in range(rounds):
+        check_against_masked(
+            dense, images, target=0.7, allocation="uniform", seed=seed, **({"min_channels": 2} | options)
+        )

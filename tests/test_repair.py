@@ -1,7 +1,7 @@
 """Closed-form repair against a naive least-squares fit, and BatchNorm statistics against their definition."""
 
 import copy
-import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -136,7 +136,7 @@ def test_layers_that_cannot_be_refitted_are_named(monkeypatch):
     dense = mobilenet().eval()
     images = torch.rand(2, 3, 64, 64)
     pruned, plan = pruned_copy(dense, images, target=0.5)
-    monkeypatch.setattr(sys.modules["hf_mrpf.repair"], "MAX_INPUTS", 500)
+    monkeypatch.setattr(import_module("hf_mrpf.repair"), "MAX_INPUTS", 500)
     report = repair(pruned, dense, plan, [(images, torch.zeros(2, dtype=torch.long))], None)
     assert report.left["blocks.1.0.conv_dw"] == "depthwise: it mixes no channels"
     assert report.left["classifier"] == "1,024 inputs are more than 500"

@@ -1,11 +1,11 @@
-"""Forms for small images of backbones that cannot be pruned yet: they train, save and load."""
+"""Forms for small images: they are pruned, saved and loaded."""
 
 import pytest
 import torch
 from torch import nn
 from transformers import MobileViTConfig, MobileViTV2Config, ViTConfig
 
-from hf_mrpf import PrunedForImageClassification
+from hf_mrpf import PrunedForImageClassification, plan_pruning, prune
 
 MOBILEVIT = {
     "hidden_sizes": [16, 24, 32],
@@ -33,10 +33,13 @@ def test_mobilevit_keeps_a_last_map_of_four_by_four(backbone, size, tmp_path):
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(lambda module, inputs, output: maps.append(tuple(output.shape[-2:])))
     images = torch.rand(2, 3, size, size)
-    logits = model.eval()(images).logits
+    model.eval()(images)
     assert maps[0] == (size, size)
     assert [pixels for pixels in maps if pixels[0] == pixels[1] > 1][-1] == (4, 4)
-    model.save_pretrained(tmp_path)
+    plan = plan_pruning(model, images, allocation="uniform", target=0.5, min_channels=2)
+    assert plan.achieved["macs"] == pytest.approx(0.5, rel=0.02)
+    prune(model, plan).save_pretrained(tmp_path)
+    logits = model(images).logits
     assert torch.equal(PrunedForImageClassification.from_pretrained(tmp_path).eval()(images).logits, logits)
 
 

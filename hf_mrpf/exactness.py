@@ -1,0 +1,114 @@
+"""The check that counts: a pruned network computes what the original does with the same channels at zero.
+
+Whatever a trace gets wrong (a shuffle of channels, a mean over them, code that counts on a width) shows here, on a copy
+with random weights: a right removal differs by rounding alone, a wrong one by parts in a thousand or more. So does an
+operation that makes something of zero (a sigmoid in front of a layer), which is refused too.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .architectures import channel_axis
+from .attacks import logits_of
+from .layers import Layer
+
+TOLERANCE = 1e-9
+
+
+def removal_error(
+    model: nn.Module,
+    example: Tensor,
+    layers: Mapping[str, Layer],
+    removed: Mapping[tuple[str, str], Sequence[int]],
+    cut: Callable[[nn.Module], None],
+) -> float:
+    """
+    Compare a removal with its masked original, in float64 on the CPU, on random weights and pixels.
+
+    Args:
+        model (`nn.Module`): only its architecture counts; it is copied.
+        example (`torch.Tensor` of shape `[N, C, H, W]`): only its shape counts.
+        layers (`Mapping[str, Layer]`): by name.
+        removed (`Mapping`): removed indices by (layer, side).
+        cut (`Callable`): removes just these from a model, in place.
+
+    Returns:
+        `float`: largest difference of logits, relative to the largest logit of the masked original.
+    """
+    generator = torch.Generator().manual_seed(0)
+    copied = _randomised(model, generator)
+    images = torch.rand(1, *example.shape[1:], generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        with _masked(copied, layers, removed):
+            expected = logits_of(copied(images))
+        cut(copied)
+        found = logits_of(copied(images))
+    scale = expected.abs().max().item()
+    return (found - expected).abs().max().item() / scale if scale > 0 else float("inf")
+
+
+def _randomised(model: nn.Module, generator: torch.Generator) -> nn.Module:
+    """A copy whose every weight matters: defaults of 0 and 1 would hide wrong indices."""
+    copied = copy.deepcopy(model).to("cpu", torch.float64).eval()
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 1.4 / parameter[0].numel() ** 0.5, generator=generator)
+            else:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+        for module in copied.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+                module.running_mean.uniform_(0.5, 1.5, generator=generator)
+                module.running_var.uniform_(0.5, 1.5, generator=generator)  # type: ignore[union-attr]
+    return copied
+
+
+@contextmanager
+def _masked(
+    model: nn.Module, layers: Mapping[str, Layer], removed: Mapping[tuple[str, str], Sequence[int]]
+) -> Iterator[None]:
+    """Removed channels are silent where they are made: nothing of them may reach what is kept."""
+    handles, restore = [], []
+    for (name, side), indices in removed.items():
+        layer, index = layers[name], torch.tensor(indices)
+        if layer.kind == "parameter":
+            parameter = model.get_parameter(name)
+            restore.append((parameter, parameter.clone()))
+            parameter.index_fill_(layer.axis, index, 0.0)
+        elif side != "in":
+            handles.append(model.get_submodule(name).register_forward_hook(_silence(index)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, value in restore:
+            parameter.copy_(value)
+
+
+def _silence(index: Tensor) -> Callable[[Any, tuple, Tensor], Tensor]:
+    """A hook that zeroes channels behind a layer; a norm over channels takes its moments without them."""
+
+    def hook(module: Any, inputs: tuple, output: Tensor) -> Tensor:
+        axis = channel_axis(module)
+        if isinstance(module, nn.LayerNorm | nn.GroupNorm):
+            features = inputs[0]
+            kept = torch.ones(features.shape[axis], dtype=torch.bool)
+            kept[index] = False
+            own = features.index_select(axis, kept.nonzero().flatten())
+            axes = tuple(range(1, features.ndim)) if isinstance(module, nn.GroupNorm) else (axis,)
+            variance, mean = torch.var_mean(own, axes, correction=0, keepdim=True)
+            output = (features - mean) / (variance + module.eps).sqrt()
+            shape = [1] * features.ndim
+            shape[axis] = -1
+            for name, apply in (("weight", torch.mul), ("bias", torch.add)):
+                if getattr(module, name) is not None:
+                    output = apply(output, getattr(module, name).reshape(shape))
+        return output.index_fill(axis, index, 0.0)
+
+    return hook
