@@ -16,6 +16,7 @@ from .importance import get_importance
 from .modeling import PrunedForImageClassification, describe_pruning
 from .plan import PruningPlan, check_fits, removed_fraction, trace_for, weights_sha256
 from .report import package_versions
+from .selection import importance_by_channel, most_important
 from .sensitivity import (
     COMBINERS,
     SensitivityResult,
@@ -131,7 +132,7 @@ def plan_pruning(
     order = {unit.name: unit_scores.get(unit.name, 0.0) for unit in free}
     given_scores: Mapping[str, Any] = order
     if allocation == "global":
-        given_scores = {unit.name: _by_channel(graph, unit, importances) for unit in free}
+        given_scores = {unit.name: importance_by_channel(graph, unit, importances) for unit in free}
     costs = {unit.name: graph.touching(unit, target_metric) for unit in free}
     free_widths = {unit.name: unit.width for unit in free}
 
@@ -148,7 +149,9 @@ def plan_pruning(
         lowest=1 - max_ratio,
     )
     after = graph.size(widths)
-    kept = {unit.name: _choose(graph, unit, importances, widths.get(unit.name, unit.width)) for unit in graph.units}
+    kept = {
+        unit.name: most_important(graph, unit, importances, widths.get(unit.name, unit.width)) for unit in graph.units
+    }
     return PruningPlan(
         target=float(target),
         target_metric=target_metric,
@@ -305,36 +308,3 @@ def _attacked(model: nn.Module, sets: Batches, attack: AttackConfig, seed: int) 
         start = keyed_start(images, indices, attack, seed) if attack.random_start else None
         first += len(images)
         yield pgd_attack(model, images, labels, attack, start=start), labels
-
-
-def _most_important(importances: list[float], count: int) -> list[int]:
-    ranked = sorted(range(len(importances)), key=lambda channel: (-importances[channel], channel))
-    return sorted(ranked[:count])
-
-
-def _by_channel(graph: UnitGraph, unit: PruningUnit, importances: Mapping[str, Tensor]) -> list[float]:
-    """Importance of each channel of a unit. Heads keep what is best of each: their channels are compared by rank."""
-    if unit.kind != "attention":
-        return importances[unit.name].tolist()
-    heads = graph.attention[unit.name].heads
-    parts = [importances[key] for part in ("qk", "v") if (key := f"{unit.name}:{part}") in importances]
-    return torch.cat([part.reshape(heads, -1).sort(dim=1).values for part in parts]).mean(0).tolist()
-
-
-def _choose(graph: UnitGraph, unit: PruningUnit, importances: Mapping[str, Tensor], count: int) -> Any:
-    """What a unit keeps: its most important channels, heads, or channels of each head."""
-    if unit.kind == "channels":
-        return _most_important(importances[unit.name].tolist(), count)
-    attention = graph.attention[unit.name]
-    if unit.kind == "heads":
-        kept = _most_important(importances[unit.name].tolist(), count)
-        return {"heads": kept} | {part: [list(range(attention.dim)) for _ in kept] for part in ("qk", "v")}
-    values = importances[f"{unit.name}:v"].reshape(attention.heads, -1).tolist()
-    queries = values
-    if f"{unit.name}:qk" in importances:
-        queries = importances[f"{unit.name}:qk"].reshape(attention.heads, -1).tolist()
-    return {
-        "heads": list(range(attention.heads)),
-        "qk": [_most_important(head, count) for head in queries],
-        "v": [_most_important(head, count) for head in values],
-    }

@@ -25,6 +25,7 @@ from hf_mrpf.modeling import PrunedForImageClassification
 from hf_mrpf.plan import PruningPlan
 from hf_mrpf.pruning import plan_pruning, prune
 from hf_mrpf.repair import repair
+from hf_mrpf.sensitivity import module_robustness_sensitivity
 from hf_mrpf.units import pruning_units, trace_units
 
 
@@ -260,6 +261,21 @@ def test_the_same_weights_get_the_same_plan_in_timm_and_in_transformers(allocati
     for model, plan in zip((ours, theirs), plans, strict=True):
         prune(model, plan)
     torch.testing.assert_close(ours(images), theirs(images).logits)
+
+
+@pytest.mark.parametrize("name", ["timm ViT", "timm Swin", "transformers DeiT", "timm MobileViTV2"])
+def test_every_layer_but_the_head_is_scored_as_a_member_of_its_unit(name):
+    """Members are what sensitivities are measured of: queries, keys, values, projections, MLPs, convolutions."""
+    model, images = randomise(network(FAST[name])).float(), torch.rand(2, 3, FAST[name][1], FAST[name][1])
+    scores = module_robustness_sensitivity(
+        model, [(images, torch.tensor([0, 1]))], AttackConfig(eps=0.01, num_steps=1), method="first_order"
+    )
+    members = [member for unit in pruning_units(model, images) for member in unit.members]
+    assert len(set(members)) == len(members) and set(members) <= set(scores)
+    layers = {member.partition(":")[0] for member in members}
+    rest = [key for key in scores if key.partition(":")[0] not in layers]
+    assert rest == [next(key for key in reversed(list(scores)) if ":" not in key)]  # the classifier
+    assert all(scores[member] > 0 for member in members)
 
 
 @pytest.mark.parametrize("name", ["timm ViT", "timm Swin", "timm MobileViT"])

@@ -25,6 +25,7 @@ FLOORS = {
     "coupling": 0.3,
     "results": 1,
     "plan": 2,
+    "selection": 2,
     "compression": 4,
     "objectives": 1,
     "importance": 1,

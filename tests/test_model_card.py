@@ -237,6 +237,8 @@ def test_plan_summary_reads_a_plan():
         target=0.4,
         achieved={"macs": 0.5},
         sensitivity={"settings": {"gamma": 0.1}, "spearman": 0.9},
+        after={"macs": 20},
+        dense_size={"macs": 80},
     )
     summary = PlanSummary.from_plan(plan, rounds=2)
     assert (summary.gamma, summary.spearman, summary.rounds, summary.importance) == (0.1, 0.9, 2, "taylor")
@@ -244,5 +246,6 @@ def test_plan_summary_reads_a_plan():
         {"name": "stem", "width": 8, "removed": 0.5, "score": 0.1},
         {"name": "head", "width": 4, "removed": 0.25, "score": None},
     ]
-    plan.sensitivity = None
-    assert PlanSummary.from_plan(plan).gamma is None
+    assert summary.of_dense == {"macs": 0.25}
+    plan.sensitivity = plan.dense_size = None
+    assert PlanSummary.from_plan(plan).gamma is None and PlanSummary.from_plan(plan).of_dense is None
