@@ -11,6 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+from hub_server import ALICE
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 PARENT = r"""
@@ -36,6 +39,12 @@ def child(order):
         os.environ.pop(name, None)
     if order["hidden"]:
         sys.meta_path.insert(0, Hidden())
+        try:
+            import hf_mrpf
+        except ImportError:
+            pass
+        else:
+            raise SystemExit("hf_mrpf is not hidden")
     else:
         sys.path[:0] = [os.environ["REPOSITORY"], os.path.join(os.environ["REPOSITORY"], "tests")]
     waits = []
@@ -141,3 +150,12 @@ class Client:
     def close(self) -> None:
         self._process.stdin.close()
         self._process.wait(30)
+
+
+def refused(client: Client, code: str, **options: Any) -> str:
+    """The message of the ValueError or OSError that a snippet must end with; never with the token in it."""
+    with pytest.raises(Failed) as refusal:
+        client.run(code, **options)
+    assert {"ValueError", "OSError"} & set(refusal.value.kinds), refusal.value.trace
+    assert ALICE not in refusal.value.trace
+    return str(refusal.value)

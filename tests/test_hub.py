@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_client import REPOSITORY, Client, Failed
-from hub_server import HubServer
+from hub_client import REPOSITORY, Failed, refused
+from hub_server import ALICE, BOB
 
-ALICE, BOB = "hf_" + "a1B2" * 9, "hf_" + "c3D4" * 9
 FILES = {"model.safetensors", "config.json", "preprocessor_config.json", "modeling.py", "README.md"}
 RECORD = {"pruning_plan.json", "robustness_report.json", "mrs.png"}
 
@@ -49,31 +48,6 @@ with torch.no_grad():
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return tmp_path_factory.mktemp("hub")
-
-
-@pytest.fixture(scope="module")
-def server(place):
-    with HubServer(place / "contents", {ALICE: "alice", BOB: "bob"}, {"lab": ["alice"], "firm": ["bob"]}) as running:
-        yield running
-
-
-@pytest.fixture
-def hub(server):
-    yield server
-    server.heal()
-
-
-@pytest.fixture(scope="module")
-def client(server, place):
-    (place / "home").mkdir()
-    running = Client(server.url, place / "home")
-    yield running
-    running.close()
-
-
-@pytest.fixture(scope="module")
 def saved(client, place):
     """A saved model with its record, as a finished run leaves it, and what it answers."""
     folder = place / "saved"
@@ -103,14 +77,6 @@ def sharded(client, place):
     folder = place / "sharded"
     client.run(BUILD + "model.save_pretrained(given['folder'], max_shard_size='20KB')", folder=str(folder))
     return folder
-
-
-def refused(client, code, **options):
-    with pytest.raises(Failed) as refusal:
-        client.run(code, **options)
-    assert {"ValueError", "OSError"} & set(refusal.value.kinds), refusal.value.trace
-    assert ALICE not in refusal.value.trace
-    return str(refusal.value)
 
 
 def digest(folder: Path) -> dict:

@@ -255,25 +255,9 @@ def test_a_config_with_two_classification_classes_gets_the_plain_one():
     assert type(from_backbone(config, num_labels=3).backbone).__name__ == "DeiTForImageClassification"
 
 
-def test_timm_weights_bring_their_normalisation(monkeypatch):
-    import timm
-
-    create, asked = timm.create_model, []
-
-    def offline(name, pretrained=False, **kwargs):
-        asked.append((name, pretrained))
-        return create(name.partition(".")[0], **kwargs)
-
-    monkeypatch.setattr(timm, "create_model", offline)
-    model = from_backbone("timm/resnet18.a1_in1k", num_labels=10, image_size=32, **NARROW)
-    assert ("resnet18.a1_in1k", True) in asked
-    assert model.config.image_mean == pytest.approx([0.485, 0.456, 0.406])
-    assert model.config.backbone["name"] == "resnet18"
-    small = from_backbone("timm/resnet18.a1_in1k", num_labels=10, image_size=32, small_images=True, **NARROW)
-    assert small.backbone.conv1.weight.shape == (16, 3, 3, 3) and describe_pruning(small) is None
-    asked.clear()
-    assert from_backbone("resnet18", **NARROW).config.image_mean == [0.0, 0.0, 0.0]
-    assert not any(pretrained for _, pretrained in asked)
+def test_a_bare_architecture_has_random_weights_and_no_normalisation():
+    model = from_backbone("resnet18", **NARROW)
+    assert (model.config.image_mean, model.config.image_std) == ([0.0] * 3, [1.0] * 3)
 
 
 # --- config ------------------------------------------------------------------------------------------------------
@@ -571,6 +555,15 @@ def test_logits_are_bit_equal_after_loading(saved, kwargs):
     assert isinstance(loaded, PrunedForImageClassification) and not loaded.training
     with torch.no_grad():
         assert torch.equal(loaded(images).logits, logits)
+
+
+def test_loaded_weights_lie_where_an_allocator_puts_them(saved):
+    # In the file most do not, and some kernels add in another order then: the last bits of logits would differ.
+    def astray(tensors):
+        return [tensor for tensor in tensors if tensor.data_ptr() % 64]
+
+    assert astray(load_file(saved[1] / "model.safetensors").values())
+    assert not astray(from_pretrained(saved[1]).state_dict().values())
 
 
 def test_pruned_twice_sharded_and_saved_over_an_older_model(saved, tmp_path):
