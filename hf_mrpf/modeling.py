@@ -507,6 +507,7 @@ def _apply_record(network: nn.Module, record: Any) -> None:
             if attribute not in sizes[module]:
                 raise ValueError(f"{key}: {attribute!r} is not a size of that module")
             _check_shrunk(f"{key}[{attribute!r}]", value, sizes[module][attribute])
+        _check_scale(key, sizes[module], values)
 
     modules = {_full_name(name): module for name, module in network.named_modules()}
     for name, shape in record["shapes"].items():
@@ -539,6 +540,18 @@ def _check_shrunk(key: str, value: Any, dense: Any) -> None:
             raise ValueError(f"{key} must hold positive integers, got {reprlib.repr(value)}")
         if size > most:
             raise ValueError(f"{key} is {reprlib.repr(value)}, larger than the dense backbone's {dense}")
+
+
+def _check_scale(key: str, dense: dict[str, Any], values: dict[str, Any]) -> None:
+    """Refuse a softmax scale that does not follow from the heads: fused attention reads it off them, eager does not."""
+    after = dense | values
+    name = "head_dim" if "head_dim" in dense else "attention_head_size"
+    for attribute in {"scale", "scaling"} & dense.keys():
+        follows = type(dense.get(name)) is int and math.isclose(dense[attribute], dense[name] ** -0.5, rel_tol=1e-6)
+        if follows and not math.isclose(after[attribute], after[name] ** -0.5, rel_tol=1e-6):
+            raise ValueError(
+                f"{key}[{attribute!r}] is {after[attribute]}, but {name} {after[name]} needs {after[name] ** -0.5}"
+            )
 
 
 def _is_size(value: Any) -> bool:
@@ -670,8 +683,8 @@ def _check_forward(plan: nn.Module, config: PrunedConfig) -> None:
     size = config.image_size
     plan.eval()
     try:
-        with torch.no_grad():
-            shape = _logits(plan(torch.zeros(1, 3, size, size, device="meta", dtype=torch.get_default_dtype()))).shape
+        with torch.no_grad(), torch.device("meta"):
+            shape = _logits(plan(torch.zeros(1, 3, size, size, dtype=torch.get_default_dtype()))).shape
     except Exception as error:  # any network may fail in its own way; all of them mean the same here
         raise ValueError(
             f"{_recipe_name(config)} cannot run at image_size {size}"

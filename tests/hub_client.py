@@ -6,6 +6,7 @@ The variables that huggingface_hub reads are set before it is imported, and impo
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -159,3 +160,17 @@ def refused(client: Client, code: str, **options: Any) -> str:
     assert {"ValueError", "OSError"} & set(refusal.value.kinds), refusal.value.trace
     assert ALICE not in refusal.value.trace
     return str(refusal.value)
+
+
+# Absolute paths of Unix and Windows, outside of addresses; a card's fractions (8/255) and ids are none.
+LOCAL_PATH = re.compile(rb"(?<![\w.:/<])(?:/(?:tmp|home|root|Users|var|work|private|mnt|opt)/|[A-Za-z]:\\\\)[\w.-]+")
+
+
+def assert_public(files: dict[str, bytes], *secrets: str) -> None:
+    """No file that was pushed names a place of this machine, or holds one of these secrets."""
+    for name, content in files.items():
+        assert not name.endswith((".bin", ".pt", ".pkl", ".pth")), name
+        for secret in (*secrets, str(Path.home()) + "/"):
+            assert secret.encode() not in content, (name, secret)
+        if name.endswith((".json", ".md", ".py")):
+            assert not LOCAL_PATH.findall(content), (name, LOCAL_PATH.findall(content))

@@ -5,7 +5,7 @@ import pickle
 from pathlib import Path
 
 import pytest
-from hub_client import refused
+from hub_client import assert_public, refused
 from hub_server import ALICE
 
 TIMM = "timm/test_resnet.r160_in1k"
@@ -274,10 +274,12 @@ RECIPE = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "kind"), [(TIMM, "timm"), (RESNET, "transformers")])
-def test_the_recipe_prunes_a_model_of_the_hub(client, folders, place, name, kind):
-    output = place / f"from-{kind}"
+@pytest.mark.parametrize(("name", "kind"), [(TIMM, "timm"), (RESNET, "transformers"), ("folder", "transformers")])
+def test_the_recipe_prunes_a_model_of_the_hub_and_publishes_no_place(client, hub, folders, place, name, kind):
+    output, repo_id = place / "runs" / f"{Path(name).name}", f"lab/from-{Path(name).name}"
+    name = str(folders[kind]) if name == "folder" else name
     command = [*RECIPE, "--model_name_or_path", name, "--image_size", "32", "--output_dir", str(output)]
+    command += ["--push_to_hub", "--hub_model_id", repo_id]
     assert client.recipe("prune", *command, token=ALICE) == 0, client.stderr
     dense = output / "stages" / "dense" / "model"
     code = (
@@ -286,5 +288,7 @@ def test_the_recipe_prunes_a_model_of_the_hub(client, folders, place, name, kind
     )
     answer = client.run(code, dense=str(dense), weights=weights(folders[kind]))
     assert len(answer["head"]) == 2 and answer["mean"] == MEAN and answer["labels"] == 10
-    assert f"pretrained {name}" in (output / "robustness_report.json").read_text()
+    start = Path(name).name if Path(name).is_dir() else name
+    assert f'"pretrained {start}"' in (output / "robustness_report.json").read_text()
+    assert_public(hub.files(repo_id), ALICE, str(place))
     assert json.loads((output / "config.json").read_text())["pruning"]["shapes"]
