@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 PARENT = r"""
 import contextlib, importlib.abc, io, json, os, sys, time, traceback
-import torch, transformers, timm, datasets
+import torch, transformers, timm, datasets, sklearn.datasets
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 from huggingface_hub import HfApi
 torch.set_num_threads(1)

@@ -293,6 +293,17 @@ def test_a_lost_answer_and_a_short_outage_change_nothing(client, hub, saved):
     assert client.recipe("push", str(saved), "alice/outage", token=ALICE) == 0, client.stderr
 
 
+def test_a_bare_push_that_ends_says_how_to_make_it_again_as_private_as_it_was(client, hub):
+    hub.fail("POST /api/repos/create", times=99)
+    code = BUILD + "model.push_to_hub('alice/once-more', private=True, revision='v3')"
+    message = refused(client, code, token=ALICE)
+    again = "model.push_to_hub('alice/once-more', private=True, revision='v3')"
+    assert message.endswith(f"Nothing is lost: push it again with {again}")
+    hub.heal()
+    client.run(BUILD + again, token=ALICE)
+    assert hub.repositories["alice/once-more"].private and set(hub.files("alice/once-more", "v3")) == FILES
+
+
 def test_an_interrupted_push_says_how_to_go_on(client, hub, saved):
     code = (
         "import hf_mrpf.hub as hub\n"
