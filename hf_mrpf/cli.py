@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, HfArgumentParser, ProgressCallback, TrainingArguments
+from transformers import HfArgumentParser, ProgressCallback, TrainingArguments
 
 from .config import MRPFConfig
 from .data import ImageData, load_image_data
@@ -201,8 +201,11 @@ def own_config(name: str | None, revision: str | None = None) -> PrunedConfig | 
         raise ValueError(f"--model_name_or_path {name} is a folder without config.json, so it holds no model.")
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise ValueError(f"--model_name_or_path {name}: there is no such folder.")
-    config = AutoConfig.from_pretrained(name, revision=revision)
-    return config if isinstance(config, PrunedConfig) else None
+    # Not AutoConfig: of a model that is not ours it may ask whether to run code.
+    values, _ = PrunedConfig.get_config_dict(name, revision=revision)
+    if values.get("model_type") != PrunedConfig.model_type:
+        return None
+    return PrunedConfig.from_dict(values)
 
 
 def quieten() -> None:
@@ -263,6 +266,7 @@ def build_model(arguments: ModelArguments, data: ImageData) -> PrunedForImageCla
         pretrained=arguments.pretrained,
         image_mean=data.image_mean if fresh else None,
         image_std=data.image_std if fresh else None,
+        revision=arguments.model_revision,
         **kwargs,
     )
 

@@ -178,10 +178,10 @@ def push_model(
     Raises:
         OSError, ValueError: as in [`push_folder`].
     """
-    with (
-        _resumable(f"Nothing is lost: push it again with model.push_to_hub({repo_id!r})"),
-        TemporaryDirectory() as draft,
-    ):
+    # Without private, a second push would open to all what the first was to hide.
+    options = {"private": private, "revision": revision}
+    again = ", ".join([repr(repo_id), *(f"{name}={value!r}" for name, value in options.items() if value is not None)])
+    with _resumable(f"Nothing is lost: push it again with model.push_to_hub({again})"), TemporaryDirectory() as draft:
         repo_id = create_repository(repo_id, private=private, token=token)
         model.save_pretrained(draft, max_shard_size=max_shard_size)
         card = _card_there(repo_id, revision, token) or short_card(model, repo_id)

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HTTPError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+from transformers.utils import cached_file
 
 # fmt: off
 # What a pruning record may set on a module, besides tensors: sizes, and the softmax scale that follows from one.
@@ -118,7 +119,11 @@ class PrunedConfig(PreTrainedConfig):
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """As in transformers, which would silently take the defaults where there is no `config.json`."""
-        values, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        with _connected(pretrained_model_name_or_path):
+            try:
+                values, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+            except (TypeError, AttributeError) as error:
+                raise ValueError(f"{pretrained_model_name_or_path}: config.json holds no object: {error}") from error
         if not values:
             raise OSError(f"{pretrained_model_name_or_path} holds no config.json")
         return values, unused
@@ -211,6 +216,7 @@ class PrunedForImageClassification(PreTrainedModel):
         pretrained: bool = False,
         image_mean: Iterable[float] | None = None,
         image_std: Iterable[float] | None = None,
+        revision: str | None = None,
         **backbone_kwargs: Any,
     ) -> Self:
         r"""
@@ -219,8 +225,9 @@ class PrunedForImageClassification(PreTrainedModel):
         Args:
             backbone (`str`, `PreTrainedConfig` or `PreTrainedModel`):
                 `"timm/resnet18"` or `"resnet18"` (random weights unless `pretrained`), `"timm/resnet18.a1_in1k"`
-                (those weights), a transformers id or folder (its weights), a transformers config (random weights),
-                or a transformers image classification model (its weights are copied).
+                (those weights), a Hub id or folder in the format of transformers or of timm (its weights), a
+                transformers config (random weights), or a transformers image classification model (its weights are
+                copied). Weights are read from safetensors only.
             num_labels (`int`, *optional*):
                 Number of classes. Defaults to `id2label`'s, then to the backbone's own; a different number means a
                 new, random head.
@@ -238,12 +245,15 @@ class PrunedForImageClassification(PreTrainedModel):
             image_mean, image_std (`list[float]`, *optional*):
                 Normalisation of each channel, for pixels in [0, 1]. Default to the backbone's own where weights are
                 downloaded, else to 0 and 1.
+            revision (`str`, *optional*):
+                Branch, tag or commit of the weights on the Hub.
             backbone_kwargs:
                 Arguments of the timm constructor, or attributes of the transformers config; JSON values only.
 
         Raises:
-            ValueError: for an unknown name (close ones are listed), a plain `nn.Module`, contradicting labels, or a
-                size or an argument the backbone cannot work with.
+            ValueError: for an unknown name (close ones are listed), a plain `nn.Module`, contradicting labels, a size
+                or an argument the backbone cannot work with, or weights that are not all the backbone's.
+            OSError: for weights that cannot be fetched, or are there as a pickle only.
         """
         if isinstance(id2label, dict) and num_labels not in (None, len(id2label)):
             raise ValueError(f"num_labels is {num_labels}, but id2label names {len(id2label)} classes")
@@ -253,9 +263,9 @@ class PrunedForImageClassification(PreTrainedModel):
         if isinstance(backbone, str):
             name = _timm_name(backbone)
             start = (
-                _from_transformers_id(backbone, labels, image_size, backbone_kwargs)
+                _from_hub(backbone, labels, image_size, backbone_kwargs, revision)
                 if name is None
-                else _from_timm(name, labels, image_size, backbone_kwargs, pretrained=pretrained)
+                else _from_timm_name(name, labels, image_size, backbone_kwargs, revision, pretrained=pretrained)
             )
         elif isinstance(backbone, PreTrainedModel):
             start = _from_transformers_model(backbone, labels, image_size, backbone_kwargs)
@@ -329,7 +339,9 @@ class PrunedForImageClassification(PreTrainedModel):
         source = pretrained_model_name_or_path
         kwargs |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
-            loaded: Any = super().from_pretrained(source, *args, **kwargs)
+            with _connected(source):
+                _check_index(source, kwargs)
+                loaded: Any = super().from_pretrained(source, *args, **kwargs)
         except torch.OutOfMemoryError:
             raise
         except (SafetensorError, RuntimeError) as error:
@@ -495,6 +507,7 @@ def _apply_record(network: nn.Module, record: Any) -> None:
             if attribute not in sizes[module]:
                 raise ValueError(f"{key}: {attribute!r} is not a size of that module")
             _check_shrunk(f"{key}[{attribute!r}]", value, sizes[module][attribute])
+        _check_scale(key, sizes[module], values)
 
     modules = {_full_name(name): module for name, module in network.named_modules()}
     for name, shape in record["shapes"].items():
@@ -527,6 +540,18 @@ def _check_shrunk(key: str, value: Any, dense: Any) -> None:
             raise ValueError(f"{key} must hold positive integers, got {reprlib.repr(value)}")
         if size > most:
             raise ValueError(f"{key} is {reprlib.repr(value)}, larger than the dense backbone's {dense}")
+
+
+def _check_scale(key: str, dense: dict[str, Any], values: dict[str, Any]) -> None:
+    """Refuse a softmax scale that does not follow from the heads: fused attention reads it off them, eager does not."""
+    after = dense | values
+    name = "head_dim" if "head_dim" in dense else "attention_head_size"
+    for attribute in {"scale", "scaling"} & dense.keys():
+        follows = type(dense.get(name)) is int and math.isclose(dense[attribute], dense[name] ** -0.5, rel_tol=1e-6)
+        if follows and not math.isclose(after[attribute], after[name] ** -0.5, rel_tol=1e-6):
+            raise ValueError(
+                f"{key}[{attribute!r}] is {after[attribute]}, but {name} {after[name]} needs {after[name] ** -0.5}"
+            )
 
 
 def _is_size(value: Any) -> bool:
@@ -658,8 +683,8 @@ def _check_forward(plan: nn.Module, config: PrunedConfig) -> None:
     size = config.image_size
     plan.eval()
     try:
-        with torch.no_grad():
-            shape = _logits(plan(torch.zeros(1, 3, size, size, device="meta", dtype=torch.get_default_dtype()))).shape
+        with torch.no_grad(), torch.device("meta"):
+            shape = _logits(plan(torch.zeros(1, 3, size, size, dtype=torch.get_default_dtype()))).shape
     except Exception as error:  # any network may fail in its own way; all of them mean the same here
         raise ValueError(
             f"{_recipe_name(config)} cannot run at image_size {size}"
@@ -683,6 +708,41 @@ def _can_checkpoint(network: Any) -> bool:
         return False
     network.set_grad_checkpointing(False)
     return True
+
+
+@contextmanager
+def _connected(source: Any) -> Iterator[None]:
+    """The client lets some ends of a connection through as they are, which are no OSError."""
+    try:
+        yield
+    except HTTPError as error:
+        if isinstance(error, OSError):
+            raise
+        raise OSError(f"{source} could not be fetched: the connection to the Hub ended ({error}). Try again") from error
+
+
+def _check_index(source: Any, options: dict[str, Any]) -> None:
+    """Refuse an index of shards that cannot be read, or that names anything but safetensors files beside it."""
+    names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+    known = {name: options[name] for name in (*names, "_commit_hash") if options.get(name) is not None}
+    # Every other failure is left to transformers, which looks for the weights next.
+    for kind in ("missing_entries", "connection_errors", "gated_repo"):
+        known[f"_raise_exceptions_for_{kind}"] = False
+    path = None if source is None else cached_file(source, "model.safetensors.index.json", **known)
+    if path is None:
+        return
+    try:
+        index = json.loads(Path(path).read_text(encoding="utf-8"))
+        files = set(index["weight_map"].values())
+        if not isinstance(index["metadata"], dict):
+            raise TypeError("metadata is no object")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{source}: model.safetensors.index.json is no index of weights: {error!r}") from error
+    for file in files:
+        if not isinstance(file, str) or not file.endswith(".safetensors") or Path(file).name != file or "\\" in file:
+            raise ValueError(
+                f"{source}: model.safetensors.index.json names {reprlib.repr(file)}, no safetensors file beside it"
+            )
 
 
 def _weights_file(source: Any, key: str) -> str:
@@ -743,8 +803,8 @@ def _check_loaded(model: PrunedForImageClassification, info: dict[str, Any], sou
 
 
 def _align(model: nn.Module) -> None:
-    """Move tensors from where they lie in the mapped file to addresses that arithmetic starts at: matrix products of
-    the same numbers may round otherwise at others, and loaded models are to give what was saved to the last bit."""
+    """Move weights to where an allocator would have put them: in a file they lie at any multiple of 4 bytes, kernels
+    choose their order of additions by the address, and logits would differ in the last bit from the saved model's."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
             tensor.data = tensor.data.clone()
@@ -776,16 +836,23 @@ def _timm_name(backbone: str) -> str | None:
     )
 
 
-def _create_timm(name: str, num_labels: int, kwargs: dict[str, Any], pretrained: bool = False) -> nn.Module:
+def _create_timm(name: str, num_labels: int, kwargs: dict[str, Any], weights: str | None = None) -> nn.Module:
+    """Build a timm network; `weights` is a safetensors file that must hold every tensor of it."""
     timm = _timm()
-    if not timm.is_model(name.partition(".")[0]) or ("." in name and not pretrained):
+    if not timm.is_model(name.partition(".")[0]) or ("." in name and weights is None):
         raise ValueError(f"backbone['name'] must be a timm architecture, got {name!r}")
     if refused := sorted(_REFUSED_TIMM_KWARGS & kwargs.keys()):
         raise ValueError(f"backbone['kwargs'] may not hold {', '.join(refused)}")
+    loading: dict[str, Any] = {"pretrained": False}
+    if weights is not None:
+        # Not timm's own download, which falls back to a pickle. custom_load is for other formats than state dicts.
+        overlay = {"file": weights, "custom_load": False, "num_classes": num_labels}
+        loading = {"pretrained": True, "pretrained_cfg_overlay": overlay}
     try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=num_labels, **kwargs)
-    except _BUILD_ERRORS as error:
-        raise ValueError(f"timm cannot build {name!r} with {kwargs}: {error}") from error
+        return timm.create_model(name, num_classes=num_labels, **loading, **kwargs)
+    except (*_BUILD_ERRORS, SafetensorError) as error:
+        source = "" if weights is None else f" and the weights in {weights}"
+        raise ValueError(f"timm cannot build {name!r} with {kwargs}{source}: {error}") from error
 
 
 def _timm_backbone(config: PrunedConfig, eager: bool) -> nn.Module:
@@ -800,28 +867,110 @@ def _timm_backbone(config: PrunedConfig, eager: bool) -> nn.Module:
     return network
 
 
-def _from_timm(
-    name: str, labels: int | None, size: int | None, kwargs: dict[str, Any], *, pretrained: bool
+def _from_timm_name(
+    name: str, labels: int | None, size: int | None, kwargs: dict[str, Any], revision: str | None, *, pretrained: bool
 ) -> dict[str, Any]:
-    architecture, _, tag = name.partition(".")
-    pretrained = pretrained or bool(tag)
+    if not pretrained and "." not in name:
+        return _from_timm(name, labels, size, kwargs)
+    start = _timm().get_pretrained_cfg(name)
+    if not start.hf_hub_id:
+        raise ValueError(
+            f"timm has weights of {name!r} as a pickle only ({start.url or 'no address'}), which is not read; "
+            f"{name.partition('.')[0]!r} without pretrained weights can be trained"
+        )
+    source, _, pinned = start.hf_hub_id.partition("@")
+    return _from_timm(name, labels, size, kwargs, source, revision or pinned or None)
+
+
+def _from_timm(
+    name: str,
+    labels: int | None,
+    size: int | None,
+    kwargs: dict[str, Any],
+    source: str | None = None,
+    revision: str | None = None,
+) -> dict[str, Any]:
+    """`source` is the Hub repository or the folder of the weights, None for random ones."""
+    architecture = name.partition(".")[0]
+    start = _timm().get_pretrained_cfg(name)
+    own = {key: getattr(start, key) for key in ("input_size", "mean", "std", "num_classes")}
+    weights = None
+    if source is not None:
+        weights, config = _fetched(name, source, revision)
+        if config.get("architecture") == architecture:
+            # timm's registry may know another version of these weights, or none.
+            settings = {**config["pretrained_cfg"], **config}
+            own |= {key: settings[key] for key in own if key in settings}
+            kwargs = {key: value for key, value in config["model_args"].items() if key != "num_classes"} | kwargs
+        if not isinstance(own["input_size"], list | tuple) or not own["input_size"]:
+            raise ValueError(f"{source}: config.json: input_size is {own['input_size']!r}, not channels, height, width")
+        if not (own["num_classes"] == 0 or _is_size(own["num_classes"])) or own["num_classes"] > _MOST_LABELS:
+            raise ValueError(f"{source}: config.json: num_classes is {own['num_classes']!r}, no number of classes")
     recipe = _checked_recipe({"source": "timm", "name": architecture, "kwargs": kwargs})
-    with torch.device("meta"):
+    with torch.device("meta"), _bounded_depth():
         probe = _create_timm(architecture, 1, kwargs)
     # Some classes hand **kwargs to a parent that takes img_size.
     inits = [vars(kind)["__init__"] for kind in type(probe).__mro__ if "__init__" in vars(kind)]
     takes_size = any("img_size" in inspect.signature(init).parameters for init in inits)
-    start = _timm().get_pretrained_cfg(name)
     if size is None:
-        size = kwargs.get("img_size") or start.input_size[-1]
+        size = kwargs.get("img_size") or own["input_size"][-1]
     elif takes_size:
         kwargs = {**kwargs, "img_size": size}
     recipe["kwargs"] = kwargs
-    found: dict[str, Any] = {"backbone": recipe, "image_size": size, "num_labels": labels or start.num_classes}
-    if pretrained:
-        found["network"] = _create_timm(name, found["num_labels"], kwargs, pretrained=True)
-        found |= {"image_mean": start.mean, "image_std": start.std}
-    return found
+    found: dict[str, Any] = {"backbone": recipe, "image_size": size, "num_labels": labels or own["num_classes"]}
+    if weights is None:
+        return found
+    found |= {"image_mean": own["mean"], "image_std": own["std"]}
+    PrunedConfig(**found)  # refuses what the repository's config.json may hold, before memory is spent
+    if (count := sum(tensor.numel() for tensor in probe.parameters())) > Path(weights).stat().st_size:
+        raise ValueError(
+            f"{source}: model.safetensors is too small for the {count} parameters of {architecture!r} with {kwargs}"
+        )
+    network = _create_timm(name, own["num_classes"], kwargs, weights)
+    if found["num_labels"] != own["num_classes"]:
+        trained, network = network, _create_timm(architecture, found["num_labels"], kwargs)
+        _copy_all_but_head(network, trained, found["num_labels"], own["num_classes"])
+    return {**found, "network": network}
+
+
+def _fetched(name: str, source: str, revision: str | None) -> tuple[str, dict[str, Any]]:
+    """Path of the weights in a repository or folder of timm's, and the content of the `config.json` beside them."""
+    try:
+        with _connected(source):
+            weights = cached_file(source, "model.safetensors", revision=revision)
+            quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+            config = cached_file(source, "config.json", revision=revision, **quiet)
+    except OSError as error:
+        raise OSError(
+            f"The weights of {name!r} could not be fetched: {error} Of {source}, model.safetensors is read and never a "
+            "pickle."
+        ) from error
+    try:
+        content = json.loads(Path(config).read_text(encoding="utf-8")) if config else {}
+    except ValueError as error:
+        raise ValueError(f"{source}: config.json cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{source}: config.json must hold an object, got {reprlib.repr(content)}")
+    content = {"pretrained_cfg": {}, **content, "model_args": content.get("model_args") or {}}
+    for key in ("pretrained_cfg", "model_args"):
+        if not isinstance(content[key], dict):
+            raise ValueError(f"{source}: config.json: {key} must be an object, got {reprlib.repr(content[key])}")
+    return str(weights), content
+
+
+def _copy_all_but_head(network: nn.Module, trained: nn.Module, labels: int, before: int) -> None:
+    """Copy the weights of the same backbone with `before` classes (0 for none): the head stays as it is."""
+    own, weights = network.state_dict(), trained.state_dict()
+    differing = own.keys() ^ weights.keys() if before else weights.keys() - own.keys()
+    if differing:
+        raise ValueError(f"the weights and these arguments differ in tensors: {', '.join(sorted(differing)[:5])}")
+    for name in own.keys() & weights.keys():
+        new, old = tuple(own[name].shape), tuple(weights[name].shape)
+        if new == old:
+            own[name] = weights[name]
+        elif new[1:] != old[1:] or (new[0], old[0]) != (labels, before):
+            raise ValueError(f"the weights of {name} have shape {old}, this image_size and these arguments need {new}")
+    network.load_state_dict(own)
 
 
 def _transformers_backbone(config: PrunedConfig, eager: bool) -> nn.Module:
@@ -873,26 +1022,47 @@ def _from_transformers_model(
         raise ValueError(
             f"backbone must be an image classification model, got {type(model).__name__}: pass {type(network).__name__}"
         )
-    own, weights = network.state_dict(), model.state_dict()
-    if own.keys() != weights.keys():
-        names = ", ".join(sorted(own.keys() ^ weights.keys())[:5])
-        raise ValueError(f"the weights and these arguments differ in tensors: {names}")
-    for name, tensor in own.items():
-        new, old = tuple(tensor.shape), tuple(weights[name].shape)
-        if new == old:
-            own[name] = weights[name]
-        elif new[1:] != old[1:] or (new[0], old[0]) != (found["num_labels"], model.config.num_labels):
-            raise ValueError(f"the weights of {name} have shape {old}, this image_size and these arguments need {new}")
-    network.load_state_dict(own)
+    _copy_all_but_head(network, model, found["num_labels"], model.config.num_labels or 0)
     return {**found, "network": nn.Module.to(network, device=model.device, dtype=model.dtype)}
 
 
-def _from_transformers_id(name: str, labels: int | None, size: int | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-    config = AutoConfig.from_pretrained(name)
+def _from_hub(
+    name: str, labels: int | None, size: int | None, kwargs: dict[str, Any], revision: str | None
+) -> dict[str, Any]:
+    """From a repository or folder in the format of transformers, or of timm."""
+    # No recipe could hold code of the repository's own; None would ask on the terminal whether to run it.
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    values, _ = PrunedConfig.get_config_dict(name, revision=revision)
+    if "pretrained_cfg" in values:
+        if not _timm().is_model(architecture := str(values.get("architecture"))):
+            raise ValueError(f"{name}: config.json: timm has no architecture {architecture!r}")
+        return _from_timm(architecture, labels, size, kwargs, name, revision)
+    try:
+        _check_common(values)
+        config = AutoConfig.from_pretrained(name, **options)
+    except StrictDataclassError as error:
+        raise ValueError(f"{name}: config.json: {error}") from error
     _from_transformers_config(config, labels, size, kwargs)
-    model = AutoModelForImageClassification.from_pretrained(name, config=config, use_safetensors=True)
+    try:
+        with _connected(name):
+            # Before transformers, which has somebody else's service convert a repository's pickle.
+            files = ("model.safetensors", "model.safetensors.index.json")
+            quiet = {"_raise_exceptions_for_missing_entries": False}
+            if not any(cached_file(name, file, revision=revision, **quiet) for file in files):
+                raise OSError(f"{name} holds no model.safetensors. A pickle, such as pytorch_model.bin, is not read")
+            model, info = AutoModelForImageClassification.from_pretrained(
+                name, config=config, use_safetensors=True, output_loading_info=True, **options
+            )
+            processor = AutoImageProcessor.from_pretrained(name, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{name}: {_damaged_file(name)} does not hold the weights of config.json: {error}") from error
+    # A repository without a head is a start too; anything else would silently be random.
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    if lost := sorted(key for key in info["missing_keys"] if shapes.get(key, ())[:1] != (config.num_labels,)):
+        raise ValueError(f"{name}: {_weights_file(name, lost[0])} lacks {lost[0]!r} ({len(lost)} such tensors)")
     found = _from_transformers_model(model, labels, size, kwargs)
-    processor = AutoImageProcessor.from_pretrained(name)
     if processor.do_normalize:
         found |= {"image_mean": processor.image_mean, "image_std": processor.image_std}
     if getattr(processor, "do_flip_channel_order", False):

@@ -243,7 +243,8 @@ def dense_stage(run: RunFolder, model, data: ImageData, model_args: ModelArgumen
             f"{Path(model_args.model_name_or_path).name}, {'pruned before' if config.pruning else 'not pruned before'}"
         )
     elif not starts_fresh(model_args):
-        start = f"pretrained {model_args.model_name_or_path}"
+        name = model_args.model_name_or_path
+        start = f"pretrained {Path(name).name if Path(name).is_dir() else name}"
     result = {"epochs": 0}
     if epochs:
         model, result = train(run, "dense", model, data, args, num_train_epochs=epochs)

@@ -10,6 +10,8 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
 import torch
+from hub_client import Client
+from hub_server import ALICE, BOB, HubServer
 
 torch.set_num_threads(1)
 
@@ -28,3 +30,33 @@ def test_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder} (set HF_MRPF_TEST_DATA)")
     return folder
+
+
+# One Hub and one client for every file that needs them: the client's imports take a while.
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory) -> Path:
+    """Folder of everything that client processes read and write."""
+    return tmp_path_factory.mktemp("hub")
+
+
+@pytest.fixture(scope="session")
+def server(place):
+    with HubServer(place / "contents", {ALICE: "alice", BOB: "bob"}, {"lab": ["alice"], "firm": ["bob"]}) as running:
+        yield running
+
+
+@pytest.fixture
+def hub(server):
+    """The Hub, without the faults of an earlier test."""
+    yield server
+    server.heal()
+
+
+@pytest.fixture(scope="session")
+def client(server, place):
+    (place / "home").mkdir()
+    running = Client(server.url, place / "home")
+    yield running
+    running.close()

@@ -6,16 +6,20 @@ The variables that huggingface_hub reads are set before it is imported, and impo
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+from hub_server import ALICE
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 PARENT = r"""
 import contextlib, importlib.abc, io, json, os, sys, time, traceback
-import torch, transformers, timm, datasets
+import torch, transformers, timm, datasets, sklearn.datasets
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 from huggingface_hub import HfApi
 torch.set_num_threads(1)
@@ -36,6 +40,12 @@ def child(order):
         os.environ.pop(name, None)
     if order["hidden"]:
         sys.meta_path.insert(0, Hidden())
+        try:
+            import hf_mrpf
+        except ImportError:
+            pass
+        else:
+            raise SystemExit("hf_mrpf is not hidden")
     else:
         sys.path[:0] = [os.environ["REPOSITORY"], os.path.join(os.environ["REPOSITORY"], "tests")]
     waits = []
@@ -141,3 +151,26 @@ class Client:
     def close(self) -> None:
         self._process.stdin.close()
         self._process.wait(30)
+
+
+def refused(client: Client, code: str, **options: Any) -> str:
+    """The message of the ValueError or OSError that a snippet must end with; never with the token in it."""
+    with pytest.raises(Failed) as refusal:
+        client.run(code, **options)
+    assert {"ValueError", "OSError"} & set(refusal.value.kinds), refusal.value.trace
+    assert ALICE not in refusal.value.trace
+    return str(refusal.value)
+
+
+# Absolute paths of Unix and Windows, outside of addresses; a card's fractions (8/255) and ids are none.
+LOCAL_PATH = re.compile(rb"(?<![\w.:/<])(?:/(?:tmp|home|root|Users|var|work|private|mnt|opt)/|[A-Za-z]:\\\\)[\w.-]+")
+
+
+def assert_public(files: dict[str, bytes], *secrets: str) -> None:
+    """No file that was pushed names a place of this machine, or holds one of these secrets."""
+    for name, content in files.items():
+        assert not name.endswith((".bin", ".pt", ".pkl", ".pth")), name
+        for secret in (*secrets, str(Path.home()) + "/"):
+            assert secret.encode() not in content, (name, secret)
+        if name.endswith((".json", ".md", ".py")):
+            assert not LOCAL_PATH.findall(content), (name, LOCAL_PATH.findall(content))

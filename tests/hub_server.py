@@ -17,6 +17,8 @@ from urllib.parse import unquote, urlsplit
 
 import yaml
 
+# Tokens of two users.
+ALICE, BOB = "hf_" + "a1B2" * 9, "hf_" + "c3D4" * 9
 LARGE = (".safetensors", ".png", ".bin", ".pt", ".npz")
 
 

@@ -6,6 +6,7 @@ import resource
 import shutil
 import sys
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_modeling import NARROW, TINY_RESNET, from_backbone, shrink_block, shrink_heads
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForImageClassification, ResNetConfig
 
 TRANSFORMERS = ("trust_remote_code", "model_type", "model type")
@@ -50,6 +53,26 @@ def folders(tmp_path_factory):
     return found
 
 
+class Allocated(TorchDispatchMode):
+    """Counts the bytes of every tensor with memory of its own; none of them is counted on the meta device."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        output = function(*arguments, **(options or {}))
+        given = {tensor.untyped_storage().data_ptr() for tensor in tensors_in((arguments, options))}
+        for tensor in tensors_in(output):
+            if tensor.untyped_storage().data_ptr() not in given:
+                self.bytes += tensor.untyped_storage().nbytes()
+        return output
+
+
+def tensors_in(value):
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor) and not leaf.is_meta]
+
+
 def places(value, path=()):
     """Every place in a JSON value."""
     yield path
@@ -58,19 +81,22 @@ def places(value, path=()):
             yield from places(inner, (*path, key))
 
 
-def attempt(folder, config):
+def attempt(folder, config, counted=True):
     """Load with this config: what it raised, or the model; never slow, large, or with effects."""
     global watching
     (folder / "config.json").write_text(json.dumps(config))
     EVENTS.clear()
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    watching = True
+    allocated, watching = Allocated(), True
     try:
-        outcome = AutoModelForImageClassification.from_pretrained(folder)
+        with allocated if counted else nullcontext():
+            outcome = AutoModelForImageClassification.from_pretrained(folder)
     except (ValueError, OSError) as error:
         outcome = error
     finally:
         watching = False
+    # The copies of the weights, and the pages of the file beneath them.
+    assert allocated.bytes <= 2 * (folder / "model.safetensors").stat().st_size + 2**16, allocated.bytes
     assert not EVENTS
     assert time.perf_counter() - start < 20
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 300_000  # kilobytes
@@ -184,7 +210,7 @@ def test_huge_and_deep_backbones_are_refused_before_they_cost_anything(folders, 
     config["backbone"]["kwargs"] |= change
     start = time.perf_counter()
     with pytest.raises(ValueError, match=message):
-        raise attempt(folder, config)
+        raise attempt(folder, config, counted="modules" not in message)  # counting so many would take long
     (folder / "config.json").write_text(json.dumps(honest))
     assert time.perf_counter() - start < 15
 
@@ -215,6 +241,95 @@ def test_a_backbone_that_is_an_address_or_a_path_is_refused(folders, name):
     with pytest.raises(ValueError, match=r"config\.json: backbone\['name'\] is .* no paths or addresses"):
         raise attempt(folder, config)
     (folder / "config.json").write_text(json.dumps(honest))
+
+
+CONV, QKV, ATTENTION = "backbone.layer1.0.conv1.weight", "backbone.blocks.0.attn.qkv.weight", "backbone.blocks.0.attn"
+CONVOLUTION = "backbone.layer2.0.conv1"
+
+
+def shape(name, tensor, value):
+    return name, ("pruning", "shapes", tensor), value
+
+
+def size(name, module, attribute, value):
+    return name, ("pruning", "attrs", module, attribute), value
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "value"),
+    [
+        shape("narrow", "backbone.no_such", [1]),
+        shape("narrow", "image_mean", [1]),
+        shape("narrow", "__class__", [1]),
+        *(
+            shape("narrow", CONV, [value, 16, 3, 3])
+            for value in (0, -1, 0.5, 16.0, 17, 10**12, 10**30, True, None, "8")
+        ),
+        shape("narrow", CONV, [16, 16, 3, 3, 1]),
+        shape("vit", QKV, [10**9, 24]),
+        shape("transformers", "backbone.classifier.1.weight", [3, 0]),
+        *(size("narrow", CONVOLUTION, "out_channels", value) for value in (0, -20, 20.0, 10**12, 1e308, "20", [20])),
+        *(
+            size("narrow", CONVOLUTION, attribute, 1)
+            for attribute in ("forward", "__class__", "weight", "training", "_parameters", "stride", "__init__")
+        ),
+        size("narrow", "backbone.no_such", "dim", 1),
+        size("narrow", "__class__", "dim", 1),
+        *(
+            size("vit", ATTENTION, "scale", value)
+            for value in (float("nan"), float("inf"), float("-inf"), -0.4, 0.0, 1e308, 10**400, 0.9, "0.4")
+        ),
+        *(size("vit", ATTENTION, "head_dim", value) for value in (0, -5, 5.0, 9, 10**12, 6)),
+        *(size("vit", ATTENTION, "forward", value) for value in (1, "os.system")),
+        ("narrow", ("backbone", "kwargs", "checkpoint_path"), "x.pth"),
+        ("narrow", ("backbone", "kwargs", "pretrained"), True),
+        ("narrow", ("backbone", "kwargs", "pretrained_cfg"), {"file": "x.pth"}),
+        ("narrow", ("backbone", "kwargs", "norm_layer"), "https://127.0.0.1/x"),
+        ("narrow", ("backbone", "url"), "x"),
+        *(
+            ("transformers", ("backbone", "config", "model_type"), value)
+            for value in ("timm_wrapper", "mrpf", "../resnet", "hf-hub:user/model", "bert", "no_such")
+        ),
+        *(
+            ("transformers", ("backbone", "config", key), value)
+            for key in ("backbone", "_name_or_path", "auto_map", "architectures")
+            for value in ("hf-hub:user/model", "https://127.0.0.1:9/x", "/etc/passwd", {"AutoModel": "user/repo--x.Y"})
+        ),
+        ("transformers", ("backbone", "source"), "hf-hub"),
+    ],
+)
+def test_each_hostile_value_is_one_message_that_names_file_and_key(folders, name, path, value):
+    folder, honest, _, _ = folders[name]
+    config = copy.deepcopy(honest)
+    holder = config
+    for part in path[:-1]:
+        holder[part] = {} if holder.get(part) is None else holder[part]
+        holder = holder[part]
+    holder[path[-1]] = value
+    if path[0] == "pruning":
+        config["pruning"] = {"shapes": {}, "attrs": {}} | config["pruning"]
+    try:
+        outcome = attempt(folder, config)
+    finally:
+        (folder / "config.json").write_text(json.dumps(honest))
+    assert isinstance(outcome, ValueError), outcome
+    message = str(outcome)
+    assert "config.json" in message and any(str(part) in message for part in path[1:]), message
+
+
+@pytest.mark.parametrize("key", ["backbone", "use_timm_backbone", "_name_or_path", "auto_map", "architectures"])
+def test_keys_of_a_transformers_config_that_name_other_code_do_nothing(folders, key):
+    folder, honest, images, logits = folders["transformers"]
+    config = copy.deepcopy(honest)
+    values = {"use_timm_backbone": True, "auto_map": {"AutoModel": "evil.Model"}, "architectures": ["Evil"]}
+    config["backbone"]["config"][key] = values.get(key, "resnet50")
+    config["auto_map"] = dict.fromkeys(honest["auto_map"], "evil--x.Evil")
+    try:
+        outcome = attempt(folder, config)
+    finally:
+        (folder / "config.json").write_text(json.dumps(honest))
+    with torch.no_grad():
+        assert torch.equal(outcome(images).logits, logits)
 
 
 @given(name=NAMES, number=st.integers(0, 10**6), kind=st.sampled_from(["drop", "add", "reshape", "nan", "cast"]))

@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_client import REPOSITORY, Client, Failed
-from hub_server import HubServer
+from hub_client import REPOSITORY, Failed, assert_public, refused
+from hub_server import ALICE, BOB
 
-ALICE, BOB = "hf_" + "a1B2" * 9, "hf_" + "c3D4" * 9
 FILES = {"model.safetensors", "config.json", "preprocessor_config.json", "modeling.py", "README.md"}
 RECORD = {"pruning_plan.json", "robustness_report.json", "mrs.png"}
 
@@ -49,31 +48,6 @@ with torch.no_grad():
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return tmp_path_factory.mktemp("hub")
-
-
-@pytest.fixture(scope="module")
-def server(place):
-    with HubServer(place / "contents", {ALICE: "alice", BOB: "bob"}, {"lab": ["alice"], "firm": ["bob"]}) as running:
-        yield running
-
-
-@pytest.fixture
-def hub(server):
-    yield server
-    server.heal()
-
-
-@pytest.fixture(scope="module")
-def client(server, place):
-    (place / "home").mkdir()
-    running = Client(server.url, place / "home")
-    yield running
-    running.close()
-
-
-@pytest.fixture(scope="module")
 def saved(client, place):
     """A saved model with its record, as a finished run leaves it, and what it answers."""
     folder = place / "saved"
@@ -103,14 +77,6 @@ def sharded(client, place):
     folder = place / "sharded"
     client.run(BUILD + "model.save_pretrained(given['folder'], max_shard_size='20KB')", folder=str(folder))
     return folder
-
-
-def refused(client, code, **options):
-    with pytest.raises(Failed) as refusal:
-        client.run(code, **options)
-    assert {"ValueError", "OSError"} & set(refusal.value.kinds), refusal.value.trace
-    assert ALICE not in refusal.value.trace
-    return str(refusal.value)
 
 
 def digest(folder: Path) -> dict:
@@ -156,9 +122,7 @@ def test_the_trainer_sends_exactly_the_result_in_one_commit_and_it_loads_bit_equ
     assert repository.messages == ["initial commit", "End of training"]
     files = hub.files("lab/trained")
     assert set(files) == FILES | RECORD
-    for name, content in files.items():
-        for secret in (ALICE, ALICE[3:], str(place), str(Path.home())):
-            assert secret.encode() not in content, (name, secret)
+    assert_public(files, ALICE, ALICE[3:], str(place))
     assert not [path for path in folder.rglob("*") if path.is_file() and ALICE.encode() in path.read_bytes()]
 
     card = files["README.md"].decode()
@@ -329,6 +293,17 @@ def test_a_lost_answer_and_a_short_outage_change_nothing(client, hub, saved):
     assert client.recipe("push", str(saved), "alice/outage", token=ALICE) == 0, client.stderr
 
 
+def test_a_bare_push_that_ends_says_how_to_make_it_again_as_private_as_it_was(client, hub):
+    hub.fail("POST /api/repos/create", times=99)
+    code = BUILD + "model.push_to_hub('alice/once-more', private=True, revision='v3')"
+    message = refused(client, code, token=ALICE)
+    again = "model.push_to_hub('alice/once-more', private=True, revision='v3')"
+    assert message.endswith(f"Nothing is lost: push it again with {again}")
+    hub.heal()
+    client.run(BUILD + again, token=ALICE)
+    assert hub.repositories["alice/once-more"].private and set(hub.files("alice/once-more", "v3")) == FILES
+
+
 def test_an_interrupted_push_says_how_to_go_on(client, hub, saved):
     code = (
         "import hf_mrpf.hub as hub\n"
@@ -441,6 +416,18 @@ def test_offline_from_the_cache_in_a_cold_process_without_the_package(client, pl
     assert "hf_mrpf.modeling.PrunedForImageClassification" in result.stdout
 
 
+def test_offline_from_the_cache(client, hub, place, published):
+    offline = "import huggingface_hub.constants as constants\nconstants.HF_HUB_OFFLINE = True\n"
+    given = {"source": published, "expected": str(place / "saved.st")}
+    for load in (AUTO, PIPELINE):
+        client.run("import hf_mrpf\n" + load, **given)
+        client.run(load, hidden=True, options=REMOTE, **given)
+        before = len(hub.requests)
+        assert client.run(offline + "import hf_mrpf\n" + load + COMPARE, **given)
+        assert client.run(offline + load + COMPARE, hidden=True, options=REMOTE, **given)
+        assert len(hub.requests) == before
+
+
 @pytest.mark.parametrize("token", [None, "hf_wrong", BOB])
 def test_a_private_model_needs_its_owners_token(client, hub, saved, place, token):
     # One repository for each: what one process has loaded, the others find in the cache.
@@ -508,8 +495,11 @@ def test_evaluate_measures_an_id_as_it_measures_the_folder(client, hub, place):
     assert json.loads(output.read_text())["verdicts"] == report["verdicts"]
 
 
-def test_evaluate_refuses_in_one_message(client, published):
+def test_evaluate_refuses_in_one_message(client, hub, saved, published):
+    hub.put("alice/unreachable", {name: (saved / name).read_bytes() for name in FILES})
+    hub.fail("HEAD /alice/unreachable", times=99)
     for arguments, message in (
+        (["alice/unreachable"], "alice/unreachable could not be fetched: the connection to the Hub ended"),
         (["alice/no-such"], "alice/no-such"),
         ([published, "--dataset_name", "digits"], "has the 3 classes a, b, c, ..., and digits the 10 classes"),
         ([published, "--output", "/no/such/file.json"], "there is no such folder"),
@@ -551,10 +541,15 @@ def test_prune_pushes_at_the_end_and_the_same_command_completes_a_push_that_fail
     local = {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for name, content in (files | local).items():
         assert ALICE.encode() not in content and ALICE[3:].encode() not in content, name
-    for name, content in files.items():
-        assert str(place).encode() not in content, name
+    assert_public(files, str(place))
     card = files["README.md"].decode()
     assert 'from_pretrained("lab/pruned")' in card and "--hub_to ***" in card
+
+    # A private repository and a branch of it, by the same finished run.
+    command += ["--hub_model_id", "lab/hidden", "--hub_private_repo", "true", "--hub_revision", "v2"]
+    assert client.recipe("prune", *command) == 0, client.stderr
+    assert hub.repositories["lab/hidden"].private and hub.files("lab/hidden") == {}
+    assert set(hub.files("lab/hidden", "v2")) == FILES | RECORD
 
     options = ["--dataset_name", "digits", "--max_eval_samples", "20", "--output", str(place / "again.json")]
     assert client.recipe("evaluate", "lab/pruned", *options) == 0, client.stderr

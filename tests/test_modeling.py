@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForImageClassification,
+    ConvNextImageProcessor,
     DeiTConfig,
     MobileViTConfig,
     MobileViTForImageClassification,
@@ -255,25 +256,9 @@ def test_a_config_with_two_classification_classes_gets_the_plain_one():
     assert type(from_backbone(config, num_labels=3).backbone).__name__ == "DeiTForImageClassification"
 
 
-def test_timm_weights_bring_their_normalisation(monkeypatch):
-    import timm
-
-    create, asked = timm.create_model, []
-
-    def offline(name, pretrained=False, **kwargs):
-        asked.append((name, pretrained))
-        return create(name.partition(".")[0], **kwargs)
-
-    monkeypatch.setattr(timm, "create_model", offline)
-    model = from_backbone("timm/resnet18.a1_in1k", num_labels=10, image_size=32, **NARROW)
-    assert ("resnet18.a1_in1k", True) in asked
-    assert model.config.image_mean == pytest.approx([0.485, 0.456, 0.406])
-    assert model.config.backbone["name"] == "resnet18"
-    small = from_backbone("timm/resnet18.a1_in1k", num_labels=10, image_size=32, small_images=True, **NARROW)
-    assert small.backbone.conv1.weight.shape == (16, 3, 3, 3) and describe_pruning(small) is None
-    asked.clear()
-    assert from_backbone("resnet18", **NARROW).config.image_mean == [0.0, 0.0, 0.0]
-    assert not any(pretrained for _, pretrained in asked)
+def test_a_bare_architecture_has_random_weights_and_no_normalisation():
+    model = from_backbone("resnet18", **NARROW)
+    assert (model.config.image_mean, model.config.image_std) == ([0.0] * 3, [1.0] * 3)
 
 
 # --- config ------------------------------------------------------------------------------------------------------
@@ -517,11 +502,26 @@ def test_hostile_records_are_refused_and_change_nothing(record, message):
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("scale", [0.1, 1.5, float("nan"), True, "1"])
+@pytest.mark.parametrize("scale", [0.1, 1.5, float("nan"), float("inf"), -0.5, 1e308, 10**30, True, "1", None, [0.5]])
 def test_a_scale_must_follow_from_a_smaller_head(scale):
     model = from_backbone("vit_tiny_patch16_224", num_labels=3, image_size=32, depth=1, embed_dim=24)
     with pytest.raises(ValueError, match=r"\['scale'\] must be a number in \[0\.35.*, 1\]"):
         apply_pruning(model, {"shapes": {}, "attrs": {"backbone.blocks.0.attn": {"scale": scale}}})
+
+
+@pytest.mark.parametrize(
+    ("attrs", "message"),
+    [
+        ({"scale": 0.9}, r"\['scale'\] is 0\.9, but head_dim 8 needs 0\.35"),
+        ({"head_dim": 4, "attn_dim": 12}, r"\['scale'\] is 0\.35.*, but head_dim 4 needs 0\.5"),
+        ({"head_dim": 4, "attn_dim": 12, "scale": 5**-0.5}, r"\['scale'\] is 0\.44.*, but head_dim 4 needs 0\.5"),
+    ],
+)
+def test_a_scale_that_the_heads_contradict_is_refused(attrs, message):
+    model = from_backbone("vit_tiny_patch16_224", num_labels=3, image_size=32, depth=1, embed_dim=24)
+    with pytest.raises(ValueError, match=message):
+        apply_pruning(model, {"shapes": {}, "attrs": {"backbone.blocks.0.attn": attrs}})
+    assert describe_pruning(model) is None
 
 
 def test_a_record_that_leaves_a_network_that_cannot_run_is_refused(broken):
@@ -571,6 +571,15 @@ def test_logits_are_bit_equal_after_loading(saved, kwargs):
     assert isinstance(loaded, PrunedForImageClassification) and not loaded.training
     with torch.no_grad():
         assert torch.equal(loaded(images).logits, logits)
+
+
+def test_loaded_weights_lie_where_an_allocator_puts_them(saved):
+    # In the file most do not, and some kernels add in another order then: the last bits of logits would differ.
+    def astray(tensors):
+        return [tensor for tensor in tensors if tensor.data_ptr() % 64]
+
+    assert astray(load_file(saved[1] / "model.safetensors").values())
+    assert not astray(from_pretrained(saved[1]).state_dict().values())
 
 
 def test_pruned_twice_sharded_and_saved_over_an_older_model(saved, tmp_path):
@@ -665,6 +674,50 @@ def test_a_damaged_shard_and_a_nan_in_a_shard_are_named(saved, tmp_path):
     (tmp_path / where).write_bytes((tmp_path / where).read_bytes()[:-9])
     with pytest.raises(ValueError, match=f"{where} cannot be read"):
         from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda index: {}, r"is no index of weights: KeyError\('weight_map'\)"),
+        (lambda index: [], "is no index of weights"),
+        (lambda index: index | {"weight_map": [1]}, "is no index of weights"),
+        (lambda index: index | {"metadata": None}, "is no index of weights"),
+        (lambda index: index | {"weight_map": {}}, r"lacks 'backbone\."),
+        *(
+            (lambda index, name=name: index | {"weight_map": index["weight_map"] | {FC: name}}, rf"names .*{name}'?,")
+            for name in ("evil.bin", "../outside.safetensors", "/outside.safetensors", 3)
+        ),
+    ],
+)
+def test_an_index_of_shards_that_is_none_or_leads_elsewhere_is_refused(saved, tmp_path, change, message):
+    folder = tmp_path / "sharded"
+    saved[0].save_pretrained(folder, max_shard_size="100KB")
+    shutil.copy(saved[1] / "model.safetensors", tmp_path / "outside.safetensors")
+    torch.save({FC: torch.zeros(1)}, folder / "evil.bin")
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(ValueError, match=r"sharded: model\.safetensors\.index\.json .*" + message.removeprefix("is ")):
+        AutoModelForImageClassification.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("content", ["3", "null", '"x"', "{", "[]", "{}"])
+def test_a_config_that_is_no_object_is_refused(broken, content):
+    folder = broken()
+    (folder / "config.json").write_text(content)
+    with pytest.raises((ValueError, OSError), match=r"config\.json"):
+        from_pretrained(folder)
+
+
+def test_a_model_from_a_folder_says_nothing_of_it(saved, tmp_path):
+    loaded = from_pretrained(saved[1])
+    loaded.save_pretrained(tmp_path)
+    source = ResNetForImageClassification(ResNetConfig(**TINY_RESNET))
+    source.save_pretrained(tmp_path / "source")
+    ConvNextImageProcessor().save_pretrained(tmp_path / "source")
+    from_backbone(str(tmp_path / "source"), image_size=32).save_pretrained(tmp_path / "copy")
+    for path in tmp_path.rglob("*.json"):
+        assert str(saved[1]) not in path.read_text() and str(tmp_path) not in path.read_text(), path
 
 
 def test_missing_files_are_os_errors_and_pickles_are_not_read(broken):
