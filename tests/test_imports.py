@@ -19,6 +19,7 @@ FLOORS = {
     "pixels": 0,
     "operations": 0,
     "results": 1,
+    "export": 1,
     "plan": 2,
     "compression": 4,
     "objectives": 1,
@@ -38,7 +39,7 @@ FLOORS = {
     "cli": 4,
     "__init__": 7,
 }
-HEAVY = ("timm", "torch_pruning", "torchattacks", "datasets", "matplotlib", "sklearn", "transformers.trainer")
+HEAVY = ("timm", "torch_pruning", "torchattacks", "datasets", "matplotlib", "sklearn", "transformers.trainer", "onnx", "onnxruntime")
 
 
 def own_imports(source: str) -> set[str]:
