@@ -89,7 +89,7 @@ def export_model(
         raise ValueError(f"output_dir {output_dir} is a file; give a folder.")
     output_dir.mkdir(parents=True, exist_ok=True)
 
-    network = copy.deepcopy(model).to("cpu").eval().requires_grad_(False)
+    network = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     size = model.config.image_size
     images = torch.rand(max(CHECKED_BATCHES), 3, size, size, generator=torch.Generator().manual_seed(0))
     metadata = {"id2label": json.dumps(model.config.id2label), "image_size": str(size)}
@@ -170,21 +170,18 @@ def _require(*packages: str) -> None:
         raise ImportError(f"ONNX files need {', '.join(missing)}: pip install hf-mrpf[export]")
 
 
-def _export(network: nn.Module, images: Tensor) -> ExportedProgram:
+def _export(network: PrunedForImageClassification, images: Tensor) -> ExportedProgram:
     shapes = {"pixel_values": {0: Dim("batch")}}
     try:
         program = torch.export.export(_Logits(network), (images,), dynamic_shapes=shapes)
     except RuntimeError as error:
-        raise ValueError(f"{_name(network)} cannot be exported with a free batch size: {error}") from error
+        name = type(network.backbone).__name__
+        raise ValueError(f"{name} cannot be exported with a free batch size: {error}") from error
     # Else both files would hold the source lines of every step, with the paths of this machine.
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)
     return program
-
-
-def _name(network: nn.Module) -> str:
-    return type(getattr(network, "backbone", network)).__name__
 
 
 def _write_pt2(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
@@ -194,14 +191,12 @@ def _write_pt2(program: ExportedProgram, path: Path, metadata: dict[str, str]) -
 def _write_onnx(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
     shapes = {"pixel_values": {0: "batch"}}  # the program has a free batch; this is its name in the file
     try:
-        converted = torch.onnx.export(
+        converted: Any = torch.onnx.export(
             program, (), input_names=["pixel_values"], output_names=["logits"], dynamic_shapes=shapes, dynamo=True,
             verbose=False,
         )  # fmt: skip
     except RuntimeError as error:
         raise ValueError(f"the network cannot be written as ONNX: {error}") from error
-    if converted is None:
-        raise RuntimeError("torch.onnx.export returned no program")
     converted.model.metadata_props.update(metadata)
     converted.save(path, external_data=False)
 

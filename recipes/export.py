@@ -22,7 +22,6 @@ from hf_mrpf.export import FORMATS, ExportedFile, export_model, load_exported
 from hf_mrpf.report import package_versions
 from hf_mrpf.run_folder import STAGES, write_json
 
-ROUNDS, WARMUP = 50, 5
 RUNTIMES = {"pt2": "exported", "onnx": "onnxruntime"}
 
 
@@ -34,18 +33,20 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output_dir", help="folder for the files; 'export' in the model's folder if not given")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="files to write")
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 64], help="images in a timed pass")
+    parser.add_argument("--rounds", type=int, default=20, help="timed passes of each, of which the median is given")
     parser.add_argument("--threads", type=int, help="threads of PyTorch and onnxruntime alike; PyTorch's own number")
     arguments = parser.parse_args()
-    for name, numbers in (("--batch_sizes", arguments.batch_sizes), ("--threads", [arguments.threads or 1])):
-        if min(numbers) < 1:
-            raise ValueError(f"{name} must be at least 1, got {min(numbers)}.")
+    for name in ("batch_sizes", "rounds", "threads"):
+        given = getattr(arguments, name)
+        if given is not None and min(given if isinstance(given, list) else [given]) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {given}.")
     return arguments
 
 
 def main() -> None:
     arguments = parse_arguments()
     quieten()
-    if arguments.threads:
+    if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     model = PrunedForImageClassification.from_pretrained(arguments.model, revision=arguments.revision)
     models = {}
@@ -72,8 +73,7 @@ def main() -> None:
             for file in files
         },
         "milliseconds": times,
-        "rounds": ROUNDS,
-        "warmup": WARMUP,
+        "rounds": arguments.rounds,
         "threads": torch.get_num_threads(),
         "processor": processor_name(),
         "versions": package_versions("onnx", "onnxscript", "onnxruntime"),
@@ -118,7 +118,7 @@ def measure(
     size = model.config.image_size
     times = {}
     for batch in dict.fromkeys(arguments.batch_sizes):
-        medians = measure_latency(flat, size, batch, rounds=ROUNDS, warmup=WARMUP)
+        medians = measure_latency(flat, size, batch, rounds=arguments.rounds)
         times[str(batch)] = {
             name: {runtime: medians[f"{name} {runtime}"] for runtime in row} for name, row in runners.items()
         }

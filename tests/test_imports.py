@@ -39,7 +39,17 @@ FLOORS = {
     "cli": 4,
     "__init__": 7,
 }
-HEAVY = ("timm", "torch_pruning", "torchattacks", "datasets", "matplotlib", "sklearn", "transformers.trainer", "onnx", "onnxruntime")
+HEAVY = (
+    "timm",
+    "torch_pruning",
+    "torchattacks",
+    "datasets",
+    "matplotlib",
+    "sklearn",
+    "transformers.trainer",
+    "onnx",
+    "onnxruntime",
+)
 
 
 def own_imports(source: str) -> set[str]:
