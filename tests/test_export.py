@@ -18,6 +18,7 @@ from torch import nn
 from transformers import MobileViTConfig, ResNetConfig, ViTConfig
 
 from hf_mrpf import PrunedForImageClassification, export_model, plan_pruning, prune
+from hf_mrpf.efficiency import measure_latency
 from hf_mrpf.export import FORMATS, Format, load_exported
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -248,6 +249,18 @@ def test_a_file_of_other_logits_is_refused_and_the_old_files_stay(small, tmp_pat
     assert [path.name for path in folder.iterdir()] == ["model.pt2"] and file.path.read_bytes() == before
 
 
+def test_the_difference_is_the_largest_of_both_batches(small, tmp_path, monkeypatch):
+    write, load = FORMATS["pt2"]
+
+    def slightly_wrong(path):
+        run = load(path)
+        return lambda images: run(images) + 5e-5 * (len(images) == 8)
+
+    monkeypatch.setitem(FORMATS, "pt2", Format(write, slightly_wrong))
+    (file,) = export_model(small.model, tmp_path, ["pt2"])
+    assert file.difference == pytest.approx(5e-5, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -341,8 +354,14 @@ def cells(line):
 
 
 def test_the_recipe_measures_a_run_beside_its_dense_model(run_folder, monkeypatch, capsys):
-    threads = []
+    threads, timed = [], {}
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
+
+    def remember(models, *arguments, **options):
+        timed.update(models)
+        return measure_latency(models, *arguments, **options)
+
+    monkeypatch.setattr("hf_mrpf.efficiency.measure_latency", remember)
     export(monkeypatch, run_folder, "--batch_sizes", 1, 4, "--rounds", 2, "--threads", 1)
     printed = capsys.readouterr().out
     assert threads == [1]
@@ -351,6 +370,15 @@ def test_the_recipe_measures_a_run_beside_its_dense_model(run_folder, monkeypatc
     times = content["milliseconds"]
     heads, _, *rows = (cells(line) for line in printed.splitlines() if line.startswith("|"))
     runtimes = ["eager", "exported", "onnxruntime"]
+    for name, folder in (("dense", run_folder / "stages/dense/model"), ("pruned", run_folder)):
+        model = PrunedForImageClassification.from_pretrained(folder)
+        images = images_for(model, 3)
+        for runtime in runtimes:  # what was timed is what the row says
+            with torch.no_grad():
+                found = timed.pop(f"{name} {runtime}")(images)
+            found = found.logits if runtime == "eager" else found
+            torch.testing.assert_close(found, logits(model, images), rtol=0, atol=1e-4)
+    assert not timed
     assert heads == ["model", *(f"{runtime}, batch {batch}" for batch in (1, 4) for runtime in runtimes)]
     assert [row[0] for row in rows] == ["dense", "pruned", "dense / pruned"]
     for column, (batch, runtime) in enumerate([(b, r) for b in "14" for r in runtimes], start=1):
