@@ -22,6 +22,7 @@ _LAZY = {
     "data": ("ImageData", "load_image_data"),
     "efficiency": ("count_macs", "count_parameters", "measure_latency"),
     "evaluation": ("evaluate_robustness",),
+    "export": ("export_model",),
     "report": ("RobustnessReport", "paired_difference"),
     "figures": ("plot_sensitivity",),
     "hub": ("push_folder",),

@@ -1,9 +1,11 @@
 """What a model costs, measured: multiply-accumulates, parameters, milliseconds, bytes on disk."""
 
 import json
+import platform
+import re
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,7 +48,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def measure_latency(
-    models: Mapping[str, nn.Module],
+    models: Mapping[str, nn.Module | Callable[[Tensor], object]],
     image_size: int | tuple[int, int],
     batch_size: int = 1,
     *,
@@ -61,8 +63,9 @@ def measure_latency(
     module's mode and the random state are left as they were.
 
     Args:
-        models (`Mapping[str, nn.Module]`):
-            Models by name.
+        models (`Mapping[str, nn.Module or Callable]`):
+            Models by name. What is no `nn.Module`, such as an exported model of [`load_exported`], is called as it is,
+            on float32 images on the CPU.
         image_size (`int` or `tuple[int, int]`):
             Height and width in pixels (one number for both) of the 3-channel images.
         batch_size (`int`, *optional*, defaults to `1`):
@@ -84,9 +87,10 @@ def measure_latency(
         )
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     images = torch.rand(batch_size, 3, height, width, generator=torch.Generator().manual_seed(0))
-    inputs = {name: images.to(_reference(model)) for name, model in models.items()}
+    modules = {name: model for name, model in models.items() if isinstance(model, nn.Module)}
+    inputs = {name: images.to(_reference(modules[name])) if name in modules else images for name in models}
     times: dict[str, list[float]] = {name: [] for name in models}
-    with _evaluating(*models.values()), torch.inference_mode():
+    with _evaluating(*modules.values()), torch.inference_mode():
         for _ in range(warmup + rounds):
             for name, model in models.items():
                 times[name].append(_seconds(model, inputs[name]))
@@ -116,7 +120,15 @@ def file_size(path: str | Path) -> int:
     return sum((path.parent / shard).stat().st_size for shard in shards)
 
 
-def _seconds(model: nn.Module, images: Tensor) -> float:
+def processor_name() -> str:
+    """What the machine calls its processor, for a reader of latencies; the architecture where it tells no more."""
+    # Python's own answer is empty on most Linux systems.
+    listing = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*: (.+)$", listing.read_text(), re.MULTILINE) if listing.is_file() else None
+    return named[1].strip() if named else platform.processor() or platform.machine()
+
+
+def _seconds(model: Callable[[Tensor], object], images: Tensor) -> float:
     _wait_for(images)
     start = time.perf_counter()
     model(images)

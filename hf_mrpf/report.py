@@ -182,10 +182,11 @@ def paired_difference(a: RobustnessReport, b: RobustnessReport, attack: str = "c
     return PairedDifference(difference, math.sqrt(variance), interval)
 
 
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of the installed packages that a result depends on."""
+def package_versions(*further: str) -> dict[str, str]:
+    """Versions of Python and of the installed packages that a result depends on, and of `further` ones."""
     installed = {item.name.lower().replace("_", "-"): item.version for item in metadata.distributions()}
-    return {"python": platform.python_version()} | {name: installed[name] for name in PACKAGES if name in installed}
+    names = (*PACKAGES, *further)
+    return {"python": platform.python_version()} | {name: installed[name] for name in names if name in installed}
 
 
 def _strength(report: RobustnessReport, attack: str) -> dict[str, Any]:

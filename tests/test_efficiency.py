@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import nn
 
-from hf_mrpf.efficiency import count_macs, count_parameters, file_size, measure_latency
+from hf_mrpf.efficiency import count_macs, count_parameters, file_size, measure_latency, processor_name
 
 
 class _Sleeper(nn.Module):
@@ -97,6 +97,21 @@ def test_latency_interleaves_and_takes_the_median():
     assert 6 <= measured["slow"] < 60 and 1 <= measured["fast"] < measured["slow"]
     assert log == [(6, (2, 3, 8, 16), torch.float32), (1, (2, 3, 8, 16), torch.float64)] * 4
     assert models["slow"].training and models["fast"].training
+
+
+def test_latency_of_what_is_no_module_takes_turns_too():
+    log = []
+
+    def function(images):
+        log.append((0, tuple(images.shape), images.dtype))
+
+    models = {"module": _Sleeper(1, log).double(), "function": function}
+    assert list(measure_latency(models, 8, batch_size=2, rounds=2, warmup=0)) == ["module", "function"]
+    assert log == [(1, (2, 3, 8, 8), torch.float64), (0, (2, 3, 8, 8), torch.float32)] * 2
+
+
+def test_the_processor_has_a_name():
+    assert processor_name().strip()
 
 
 def test_latency_is_the_median_without_warmup(monkeypatch):

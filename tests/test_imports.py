@@ -24,6 +24,7 @@ FLOORS = {
     "exactness": 0.2,
     "coupling": 0.3,
     "results": 1,
+    "export": 1,
     "plan": 2,
     "selection": 2,
     "compression": 4,
@@ -44,7 +45,17 @@ FLOORS = {
     "cli": 4,
     "__init__": 7,
 }
-HEAVY = ("timm", "torch_pruning", "torchattacks", "datasets", "matplotlib", "sklearn", "transformers.trainer")
+HEAVY = (
+    "timm",
+    "torch_pruning",
+    "torchattacks",
+    "datasets",
+    "matplotlib",
+    "sklearn",
+    "transformers.trainer",
+    "onnx",
+    "onnxruntime",
+)
 
 
 def own_imports(source: str) -> set[str]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from hf_mrpf import MRPFConfig, MRPFTrainer, PrunedForImageClassification, load_image_data
+from hf_mrpf import MRPFConfig, MRPFTrainer, PrunedForImageClassification, export_model, load_image_data
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text()
@@ -46,6 +46,17 @@ def test_the_hooks_of_the_readme_fire(tmp_path, capsys):
     assert "is the most critical module" in printed
     assert "'macs': 0.5" in printed or "'macs': 0.4" in printed
     assert "parameters left" in printed
+
+
+def test_the_exported_file_runs_as_the_readme_says(tmp_path, monkeypatch, capsys):
+    (block,) = (block for block in BLOCKS if "onnxruntime" in block)
+    model = PrunedForImageClassification.from_backbone(
+        "timm/resnet18", id2label={0: "zero"}, image_size=16, layers=(1, 1, 1, 1), channels=(8, 8, 8, 8)
+    )
+    export_model(model, tmp_path / "outputs/digits/export", ["onnx"])
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {})
+    assert capsys.readouterr().out == f"{['zero'] * 8}\n"
 
 
 def test_every_command_and_file_the_readme_names_exists():
