@@ -12,6 +12,8 @@ from filelock import FileLock, Timeout
 STATE_FILE = "run.json"
 LOCK_FILE = "run.lock"
 STAGES = "stages"
+# What recipes/export.py makes of the result.
+EXPORTS = "export"
 RESULT_FILES = (
     "model.safetensors",
     "config.json",
@@ -134,7 +136,8 @@ class RunFolder:
             )
 
     def _clear(self) -> None:
-        shutil.rmtree(self.path / STAGES, ignore_errors=True)
+        for name in (STAGES, EXPORTS):
+            shutil.rmtree(self.path / name, ignore_errors=True)
         for name in (*RESULT_FILES, STATE_FILE):
             (self.path / name).unlink(missing_ok=True)
 

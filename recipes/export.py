@@ -20,7 +20,7 @@ from hf_mrpf.cli import quieten, report_errors
 from hf_mrpf.efficiency import measure_latency, processor_name
 from hf_mrpf.export import FORMATS, ExportedFile, export_model, load_exported
 from hf_mrpf.report import package_versions
-from hf_mrpf.run_folder import STAGES, write_json
+from hf_mrpf.run_folder import EXPORTS, STAGES, write_json
 
 RUNTIMES = {"pt2": "exported", "onnx": "onnxruntime"}
 
@@ -86,7 +86,7 @@ def main() -> None:
 
 def default_folder(model: str) -> Path:
     """Beside the model where it is a folder; a model of the Hub has none here."""
-    return (Path(model) if Path(model).is_dir() else Path("outputs") / Path(model).name) / "export"
+    return (Path(model) if Path(model).is_dir() else Path("outputs") / Path(model).name) / EXPORTS
 
 
 def dense_stage(model: str) -> str | None:

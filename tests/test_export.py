@@ -62,16 +62,13 @@ FAMILIES = {
     "transformers-vit": lambda: make(ViTConfig(**SMALL_VIT), image_size=32),
     "transformers-mobilevit": lambda: make(MobileViTConfig(**MOBILEVIT), image_size=32, small_images=True),
 }
-# Pruning refuses attention so far.
-PRUNABLE = {"tiny", "resnet"}
 
 
 def pruned(family):
     """A pruned model of which no tensor has the value it was born with: zeros and ones would hide a mistake."""
     model = FAMILIES[family]()
     size = model.config.image_size
-    if family in PRUNABLE:
-        prune(model, plan_pruning(model, torch.rand(1, 3, size, size), target=0.5, allocation="uniform"))
+    prune(model, plan_pruning(model, torch.rand(1, 3, size, size), target=0.5, allocation="uniform"))
     for parameter in model.parameters():
         noise = torch.randn_like(parameter)
         if parameter.ndim > 1:

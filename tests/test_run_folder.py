@@ -30,6 +30,8 @@ def test_other_settings_are_named_and_overwrite_starts_again_without_touching_fo
         run.finish_stage("dense", {})
         run.finish()
     (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "model.onnx").write_text("of the model before")
     other = {"eps": 0.1, "seed": 42, "target": 0.5}
     with pytest.raises(ValueError, match=r"(?s)eps: 0.2 there, 0.1 here.*target: None there, 0.5 here") as error:
         RunFolder(tmp_path, other).check()
@@ -38,6 +40,7 @@ def test_other_settings_are_named_and_overwrite_starts_again_without_touching_fo
     with RunFolder(tmp_path, other, overwrite=True) as run:
         assert run.stage_result("dense") is None
         assert not run.finished
+        assert not (tmp_path / "export").exists()
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
