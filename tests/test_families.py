@@ -143,6 +143,7 @@ print(json.dumps(differences))
 """
 
 
+@pytest.mark.slow
 def test_pruned_networks_load_again_bit_for_bit_in_a_fresh_process(tmp_path):
     for name, family in FAST.items():
         model, folder = wrapped(family).eval(), tmp_path / name
