@@ -128,6 +128,13 @@ def processor_name() -> str:
     return named[1].strip() if named else platform.processor() or platform.machine()
 
 
+def device_name(device: torch.device) -> str:
+    """What a run's times were measured on: the GPU, or the processor and how many threads of it PyTorch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{processor_name()}, {torch.get_num_threads()} of its threads"
+
+
 def _seconds(model: Callable[[Tensor], object], images: Tensor) -> float:
     _wait_for(images)
     start = time.perf_counter()

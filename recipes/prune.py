@@ -42,7 +42,7 @@ from hf_mrpf.cli import (
     starts_fresh,
 )
 from hf_mrpf.data import ImageData, calibration_batches
-from hf_mrpf.efficiency import count_macs, count_parameters, file_size, measure_latency
+from hf_mrpf.efficiency import count_macs, count_parameters, device_name, file_size, measure_latency
 from hf_mrpf.evaluation import evaluate_robustness
 from hf_mrpf.figures import plot_sensitivity
 from hf_mrpf.hub import create_repository, push_folder
@@ -380,6 +380,12 @@ def card_info(model, plan, reports, rows, stages, data: ImageData, args: MRPFCon
     names += ("lr_scheduler_type", "per_device_train_batch_size")
     settings = {name: str(getattr(value := getattr(args, name), "value", value)) for name in names}
     settings |= {f"epochs of the {stage} model": stages[stage]["epochs"] for stage in ("dense", "fine-tuned")}
+    settings |= {
+        f"time of the {stage} stage": f"{result['seconds']:,} s"
+        for stage, result in stages.items()
+        if "seconds" in result and not result.get("resumed_from")  # else those before the interruption are not known
+    }
+    settings |= {"device": device_name(args.device)}
     settings |= {"dense model started from": stages["dense"].get("start", "fresh weights")}
     settings |= {"backbone arguments": json.dumps(model.config.backbone.get("kwargs", {}))}
     control = reports.get("control")
