@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST := .venv-oldest
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+# One process a core: every test computes on one thread.
+PARALLEL := -n auto --dist worksteal
 
 .PHONY: prune test test-all test-oldest lint clean
 
@@ -12,10 +14,10 @@ prune: $(READY)
 	$(BIN)/accelerate launch recipes/prune.py
 
 test: $(READY)
-	$(PYTEST) -m "not slow" --cov=hf_mrpf --cov-report=term --cov-fail-under=90
+	$(PYTEST) $(PARALLEL) -m "not slow" --cov=hf_mrpf --cov-report=term --cov-fail-under=90
 
 test-all: $(READY)
-	$(PYTEST) --cov=hf_mrpf --cov-report=term --cov-fail-under=90
+	$(PYTEST) $(PARALLEL) --cov=hf_mrpf --cov-report=term --cov-fail-under=90
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

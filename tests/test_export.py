@@ -131,10 +131,11 @@ def exported(tmp_path_factory):
     return get
 
 
+SLOW = ("mobilevit",)  # the conversion to ONNX takes half a minute
 families = pytest.mark.parametrize(
     "family",
     [
-        pytest.param(family, marks=pytest.mark.slow) if family.startswith("transformers") else family
+        pytest.param(family, marks=pytest.mark.slow) if family in SLOW or family.startswith("transformers") else family
         for family in FAMILIES
     ],
 )
