@@ -169,12 +169,15 @@ def known_layers(model: nn.Module) -> dict[str, str]:
         ValueError: If the model holds attention of an unknown class, or a layer of another class. The message gives the
             full class name.
     """
+    _refuse_shared(model)
     inside = tuple(f"{name}." for name in known_attention(model))
     layers: dict[str, str] = {}
     for name, module in model.named_modules():
         own = [parameter for parameter, _ in module.named_parameters(recurse=False)]
         kind = LAYERS.get(class_id(module))
+        plain = isinstance(module, nn.ParameterList | nn.ParameterDict)
         layer = isinstance(module, _LAYER_BASES) or type(module).__module__.startswith("torch.nn.modules.")
+        layer = layer and not plain
         if own and kind is None and layer and not name.startswith(inside):
             raise unsupported(name, module, f"holds parameters ({', '.join(own)}) that pruning does not understand")
         if kind is None:
@@ -187,6 +190,17 @@ def known_layers(model: nn.Module) -> dict[str, str]:
             raise unsupported(name, module, f"normalises over several dimensions {tuple(module.normalized_shape)}")
         layers[name] = kind
     return layers
+
+
+def _refuse_shared(model: nn.Module) -> None:
+    """A tensor in two modules would be cut in each of them, and be two tensors afterwards."""
+    owners: dict[nn.Parameter, str] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter in owners:
+                shared = f"shares its parameter {key!r} with {owners[parameter]!r}"
+                raise unsupported(name, module, f"{shared}: give each a copy of its own")
+            owners[parameter] = f"{name}.{key}".lstrip(".")
 
 
 def known_attention(model: nn.Module) -> dict[str, AttentionKind]:

@@ -21,6 +21,8 @@ from .layers import PRODUCERS, Layer, Slot, loose_parameters, parameter_layer
 if TYPE_CHECKING:
     from torch_pruning.dependency import Group
 
+# Several times those of the largest supported networks.
+_MOST_DEPENDENCIES = 5000
 # For each channel its indices, by (layer, side).
 Places = dict[tuple[str, str], list[list[int]]]
 # (number of the group of the graph, number of the channel in it)
@@ -78,6 +80,8 @@ def couple(
             elif name in layers:
                 both = layers[name].kind in ("norm", "depthwise")
                 sides = ((name, "both" if both else "out" if out else "in"),)
+            if sides and None in item.root_idxs:
+                raise unsupported("", model, "reshapes channels in a way that torch-pruning cannot follow")
             for layer, side in sides:
                 positions = places[layer, side] = [[] for _ in range(width)]
                 for index, channel in zip(item.idxs, item.root_idxs, strict=True):
@@ -131,13 +135,14 @@ def _groups(model: nn.Module, example: Tensor, boxes: Mapping[str, _Box]) -> lis
 
     pruners = {type(module): BoxPruner() for module in by_module}
     roots = (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR, *pruners)
-    with torch.enable_grad(), _all_trainable(model), _boxed(by_module):
+    with torch.enable_grad(), _all_trainable(model), _boxed(by_module), _hooks_restored(model):
         try:
             # Its default arguments are shared between calls: give it fresh ones.
             graph = tp.DependencyGraph().build_dependency(
                 model, example, forward_fn=forward, unwrapped_parameters=[], customized_pruners=pruners, verbose=False
             )
-            groups = list(graph.get_all_groups(root_module_types=roots))
+            with _bounded_groups():
+                groups = list(graph.get_all_groups(root_module_types=roots))
         except Exception as error:
             # The forward pass itself ran just before, so this is an operation that torch-pruning cannot follow.
             raise unsupported("", model, f"holds an operation that torch-pruning cannot follow ({error!r})") from error
@@ -156,6 +161,42 @@ class _Opaque(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0].new_zeros(ctx.shape), None
+
+
+@contextmanager
+def _bounded_groups() -> Iterator[None]:
+    """
+    Stop torch-pruning where a group does not end.
+
+    It goes on from every new set of indices, of which networks that slice and add again (RexNet, FocalNet) have endless
+    numbers: that would take hours rather than fail.
+    """
+    from torch_pruning.dependency import Group
+
+    add = Group.add_dep
+
+    def add_dep(group: "Group", dep: Any, idxs: Any) -> None:
+        if len(group) > _MOST_DEPENDENCIES:
+            raise ValueError(f"more than {_MOST_DEPENDENCIES} dependencies in one group of channels")
+        add(group, dep, idxs)
+
+    Group.add_dep = add_dep
+    try:
+        yield
+    finally:
+        Group.add_dep = add
+
+
+@contextmanager
+def _hooks_restored(model: nn.Module) -> Iterator[None]:
+    """torch-pruning leaves its hooks on a model whose forward pass fails; they would hold every later pass's graph."""
+    before = {module: set(module._forward_hooks) for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, hooks in before.items():
+            for key in [key for key in module._forward_hooks if key not in hooks]:
+                del module._forward_hooks[key]
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from .attacks import frozen
+
 
 def count_macs(model: nn.Module, example: Tensor) -> int:
     """Count the multiply-accumulates of one forward pass on ONE image.
@@ -37,7 +39,8 @@ def count_macs(model: nn.Module, example: Tensor) -> int:
     counter = FlopCounterMode(display=False)
     # torch 2.11 has no formula for fused attention on a CPU; the plain kernel is counted everywhere, and the same.
     plain = sdpa_kernel(SDPBackend.MATH)
-    with _evaluating(model), torch.random.fork_rng(devices), torch.no_grad(), plain, counter:
+    # The counter fails on views of parameters that want gradients.
+    with _evaluating(model), frozen(model), torch.random.fork_rng(devices), torch.no_grad(), plain, counter:
         model(example[:1])
     return counter.get_total_flops() // 2
 

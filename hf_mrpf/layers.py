@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .architectures import channel_axis, unsupported
+from .attacks import frozen, logits_of
 
 # Kinds of layers whose outputs are channels of their own.
 PRODUCERS = ("conv", "linear", "depthwise", "grouped")
@@ -84,11 +85,12 @@ def measure_layers(
             positions[name] += output.numel() // output.shape[channel_axis(module)]
 
         handles.append(modules[name].register_forward_hook(count))
-    # Fused and plain attention do the same products; torch 2.11 can count only the plain ones on a CPU.
+    # Fused and plain attention do the same products; torch 2.11 can count only the plain ones on a CPU. The counter
+    # fails on views of parameters that want gradients.
     counter = FlopCounterMode(display=False)
     try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-            model(example)
+        with torch.no_grad(), frozen(model), sdpa_kernel(SDPBackend.MATH), counter:
+            logits_of(model(example))
     finally:
         for handle in handles:
             handle.remove()
@@ -111,7 +113,7 @@ def loose_parameters(model: nn.Module, layers: Iterable[str]) -> dict[str, nn.Pa
 
 def parameter_layer(parameter: nn.Parameter, axis: int = 0) -> Layer:
     """A parameter without a layer, with its channels along an axis."""
-    outs = parameter.shape[axis] if parameter.ndim else 1
+    outs = max(1, parameter.shape[axis]) if parameter.ndim else 1
     return Layer("parameter", outs, 1, 0, parameter.numel() // outs, 0, axis=axis)
 
 

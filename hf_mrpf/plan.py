@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from numbers import Real
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import nn
 from .units import PruningUnit, UnitGraph, trace_units
 
 FORMAT_VERSION = 1
+_LARGEST_IMAGE = 8192
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class PruningPlan:
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{path}: this is no JSON file ({error}).") from error
         return cls.from_dict(values, source=str(path))
 
@@ -170,12 +171,15 @@ def check_fits(plan: PruningPlan, graph: UnitGraph) -> None:
     """Refuse a plan that was made for other units: a ValueError that names the first difference."""
     planned = {unit.name: (unit.width, unit.members) for unit in plan.units}
     present = {unit.name: (unit.width, unit.members) for unit in graph.units}
+    kinds = {unit.name: unit.kind for unit in plan.units}
     for name, attention in graph.attention.items():
         kept = plan.kept.get(name)
         if isinstance(kept, Mapping) and (
             kept["heads"][-1] >= attention.heads
             or max(indices[-1] for part in ("qk", "v") for indices in kept[part]) >= attention.dim
             or ("q" not in attention.rows and kept["qk"] != kept["v"])
+            or (kinds.get(name) == "attention" and len(kept["heads"]) != attention.heads)
+            or (kinds.get(name) == "heads" and len(kept["v"][0]) != attention.dim)
         ):
             raise ValueError(
                 f"the plan is not for this model: unit {name!r} has {attention.heads} heads of {attention.dim} channels"
@@ -198,10 +202,10 @@ def removed_fraction(unit: PruningUnit, kept: Any) -> float:
     return 1 - len(kept) / unit.width
 
 
-def trace_for(plan: PruningPlan, model: nn.Module, *, check: bool = False) -> UnitGraph:
+def trace_for(plan: PruningPlan, model: nn.Module) -> UnitGraph:
     """The units of a model as the plan cuts them: channels of heads, or whole heads."""
     heads = any(unit.kind == "heads" for unit in plan.units)
-    return trace_units(model, torch.zeros(plan.example_shape), heads=heads, check=check)
+    return trace_units(model, torch.zeros(plan.example_shape), heads=heads, check=False)
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -224,6 +228,10 @@ def _check_indices(name: str, indices: Any, width: int | None) -> None:
     if indices[0] < 0 or (width is not None and indices[-1] >= width):
         most = "" if width is None else f" to {width - 1}"
         raise ValueError(f"kept: unit {name!r} has channels 0{most} only.")
+
+
+def _is_image(shape: Sequence[int]) -> bool:
+    return min(shape) > 0 and max(shape) <= _LARGEST_IMAGE
 
 
 def _is_int(value: Any) -> bool:
@@ -296,8 +304,8 @@ _FIELD_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "after": _INTEGERS,
     "achieved": _NUMBERS,
     "example_shape": (
-        "four positive integers",
-        lambda shape: _list_of(_is_int)(shape) and len(shape) == 4 and min(shape) > 0,
+        f"[1, channels, height, width], up to {_LARGEST_IMAGE} pixels",
+        lambda shape: _list_of(_is_int)(shape) and len(shape) == 4 and shape[0] == 1 and _is_image(shape[1:]),
     ),
     "sensitivity": ("an object or null", lambda value: value is None or isinstance(value, Mapping)),
     "versions": ("an object of strings", _mapping_of(_is_text)),

@@ -24,7 +24,7 @@ from .sensitivity import (
     module_robustness_sensitivity,
     unit_sensitivity,
 )
-from .units import METRICS, PruningUnit, UnitGraph, cut, trace_units
+from .units import METRICS, PruningUnit, UnitGraph, check_removal, cut, trace_units
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -199,11 +199,13 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
     Warns:
         UserWarning: If the weights are not those that the plan was made on.
     """
-    other_weights = weights_sha256(model) != plan.weights_sha256
-    # What was planned on was checked by planning.
-    graph = trace_for(plan, model, check=other_weights)
+    if not isinstance(plan, PruningPlan):
+        raise ValueError(f"plan is a {type(plan).__name__}; a PruningPlan is needed (PruningPlan.load reads a file).")
+    graph = trace_for(plan, model)
     check_fits(plan, graph)
-    if other_weights:
+    # At the very widths of the plan: those that planning tried were others.
+    check_removal(model, torch.zeros(plan.example_shape), graph, plan.kept)
+    if weights_sha256(model) != plan.weights_sha256:
         warnings.warn(
             "the model's weights are not those that the plan was made on: its choice of channels may not suit them.",
             stacklevel=2,

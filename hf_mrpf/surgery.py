@@ -11,7 +11,8 @@ from .layers import Layer
 
 def cut_layer(model: nn.Module, name: str, layer: Layer, side: str, removed: Sequence[int]) -> None:
     """
-    Remove channels of one side of a layer, in place. Parameters become new ones; their gradients' flags stay.
+    Remove channels of one side of a layer, in place. Parameters become new ones; their gradients' flags and memory
+    format stay.
 
     Args:
         model (`nn.Module`): holds the layer.
@@ -25,7 +26,9 @@ def cut_layer(model: nn.Module, name: str, layer: Layer, side: str, removed: Seq
         _take(model.get_submodule(owner), parameter, layer.axis, removed)
         return
     module = model.get_submodule(name)
-    flags = {key: parameter.requires_grad for key, parameter in module.named_parameters()}
+    before = dict(module.named_parameters())
+    flags = {key: tensor.requires_grad for key, tensor in before.items()}
+    channels_last = [key for key, tensor in before.items() if tensor.ndim == 4 and not tensor.is_contiguous()]
     if layer.loses_groups:
         _cut_groups(module, layer, side, removed)
     elif isinstance(module, nn.LayerNorm):
@@ -34,6 +37,8 @@ def cut_layer(model: nn.Module, name: str, layer: Layer, side: str, removed: Seq
         _library_function(module, layer.kind, side)(module, list(removed))
     for key, remade in module.named_parameters():
         remade.requires_grad_(flags[key])
+        if key in channels_last:
+            remade.data = remade.data.contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()

@@ -180,8 +180,12 @@ def trace_units(model: nn.Module, example: Tensor, *, heads: bool = False, check
     if not isinstance(example, Tensor) or example.ndim != 4 or example.shape[0] == 0:
         given = list(example.shape) if isinstance(example, Tensor) else type(example).__name__
         raise ValueError(f"example is {given}; a tensor of at least one image [N, 3, H, W] is needed.")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("channels cannot be traced inside torch.inference_mode(); leave it, or use torch.no_grad().")
     kinds, attentions = known_layers(model), find_attention(model)
-    reference = next(model.parameters())
+    reference = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if reference is None:
+        raise unsupported("", model, "has no weights")
     example = example[:1].to(reference.device, reference.dtype)
     products = {name: (2 * a.heads * a.dim, {*a.projections, a.out}) for name, a in attentions.items()}
     with eval_mode(model):
@@ -191,8 +195,11 @@ def trace_units(model: nn.Module, example: Tensor, *, heads: bool = False, check
             layers[name] = parameter_layer(parameter, axes.get(name, 0))
         coupled = couple(model, example, layers, attentions)
     graph = _graph(model, kinds, layers, coupled, attentions, heads)
+    if not graph.units:
+        raise unsupported("", model, "has no channels that could go: all of them are pixels or classes")
     if check:
-        _check(model, example, graph)
+        generator = torch.Generator().manual_seed(0)
+        check_removal(model, example, graph, {unit.name: _some(graph, unit, generator) for unit in graph.units})
     return graph
 
 
@@ -241,10 +248,8 @@ def _graph(
     return replace(graph, units=tuple(replace(unit, cost=costs[unit.name]) for unit in units))
 
 
-def _check(model: nn.Module, example: Tensor, graph: UnitGraph) -> None:
-    """Refuse a model of which a removal at random widths is not exact; the unit at fault is named."""
-    generator = torch.Generator().manual_seed(0)
-    kept = {unit.name: _some(graph, unit, generator) for unit in graph.units}
+def check_removal(model: nn.Module, example: Tensor, graph: UnitGraph, kept: Mapping[str, Any]) -> None:
+    """Refuse a model of which removing all but `kept` is not exact (see `exactness.py`); the unit at fault is named."""
 
     def error(chosen: Mapping[str, Any]) -> float:
         removed = graph.removed_positions(chosen)

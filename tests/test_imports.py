@@ -13,7 +13,7 @@ FLOORS = {
     "allocation": 0,
     "modeling": 0,
     "architectures": 0,
-    "efficiency": 0,
+    "efficiency": 0.1,
     "run_folder": 0,
     "report": 0,
     "pixels": 0,

@@ -295,7 +295,8 @@ def plan_values():
         ({"kept": {"left": [0.5]}}, "key 'kept' must be an object of lists of integers"),
         ({"kept": {"left": [0]}}, "kept: must name every unit once"),
         ({"units": [{"name": "left"}]}, "key 'units' must be a list of units"),
-        ({"example_shape": [1, 3, 0, 8]}, "key 'example_shape' must be four positive integers"),
+        ({"example_shape": [1, 3, 0, 8]}, r"key 'example_shape' must be \[1, channels, height, width\]"),
+        ({"example_shape": [1, 3, 10**6, 10**6]}, "key 'example_shape' must be .* up to 8192 pixels"),
         ({"sensitivity": 3}, "key 'sensitivity' must be an object or null"),
     ],
 )

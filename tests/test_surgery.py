@@ -65,3 +65,9 @@ def test_rows_are_scaled_with_their_bias():
     scale_rows(layer, [2.0, 0.5])
     assert torch.equal(layer.weight, weight * torch.tensor([[2.0], [0.5]]))
     assert torch.equal(layer.bias, bias * torch.tensor([2.0, 0.5]))
+
+
+def test_the_memory_format_of_weights_stays():
+    model = nn.Sequential(nn.Conv2d(8, 6, 3)).to(memory_format=torch.channels_last)
+    cut_layer(model, "0", Layer("conv", 6, 8, 0, 9, 1), "in", [0, 5])
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last) and not model[0].weight.is_contiguous()

@@ -16,6 +16,7 @@ from torch import nn
 from hf_mrpf.architectures import known_layers, refresh
 from hf_mrpf.attacks import logits_of
 from hf_mrpf.efficiency import count_macs, count_parameters
+from hf_mrpf.pruning import plan_pruning, prune
 from hf_mrpf.units import pruning_units, trace_units
 
 
@@ -173,6 +174,102 @@ def test_one_layer_that_is_coupled_to_two_others_is_refused():
 
     with pytest.raises(ValueError, match=r"Overlapping\) splits or mixes channels around 'left'"):
         pruning_units(Overlapping(), torch.rand(1, 3, 8, 8))
+
+
+class Branches(nn.Module):
+    """Two convolutions and a head; `middle` is what stands between them."""
+
+    def __init__(self, middle):
+        super().__init__()
+        self.middle = middle
+        self.first, self.second = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 12, 3, padding=1)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, images):
+        features = self.middle(self, self.first(images).relu())
+        return self.head(self.second(features).mean((2, 3)))
+
+
+def test_a_removal_is_checked_at_the_widths_of_the_plan():
+    """Planning tries other, odd widths, at which this network is harmless."""
+    model = Branches(lambda self, x: x.flip(1) if x.shape[1] in (6, 8, 10) else x)
+    images = torch.rand(1, 3, 8, 8)
+    plan = plan_pruning(model, images, allocation="uniform", importance="random", target=0.7, min_channels=1)
+    assert len(plan.kept["first"]) in (6, 8, 10)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"Branches\) moves, mixes or shifts channels"):
+        prune(model, plan)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_code_that_changed_since_the_plan_is_checked_again():
+    model, images = Branches(lambda self, x: x), torch.rand(1, 3, 8, 8)
+    plan = plan_pruning(model, images, allocation="uniform", importance="random", target=0.6, min_channels=1)
+    model.middle = lambda self, x: x.flip(1)
+    with pytest.raises(ValueError, match="moves, mixes or shifts channels"):
+        prune(model, plan)
+    with pytest.raises(ValueError, match="plan is a dict; a PruningPlan is needed"):
+        prune(model, plan.to_dict())
+
+
+def test_a_branch_for_training_alone_is_refused():
+    model = Branches(lambda self, x: x + self.aux(x.mean((2, 3))).mean() if self.training else x)
+    model.aux = nn.Linear(12, 5)
+    with pytest.raises(ValueError, match=r"does not run with fewer channels .*mat1 and mat2"):
+        pruning_units(model, torch.rand(1, 3, 8, 8))
+
+
+def test_a_network_that_cannot_train_at_all_is_not_blamed_on_pruning():
+    def middle(self, x):
+        if self.training:
+            raise RuntimeError("for inference")
+        return x
+
+    assert pruning_units(Branches(middle), torch.rand(1, 3, 8, 8))
+
+
+def test_shared_parameters_are_refused_by_name():
+    model = Branches(lambda self, x: self.third(x))
+    model.third = nn.Conv2d(12, 12, 3, padding=1)
+    model.third.weight = model.second.weight
+    with pytest.raises(ValueError, match=r"module 'third'.*shares its parameter 'weight' with 'second\.weight'"):
+        pruning_units(model, torch.rand(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: setattr(model, "middle", lambda self, x: None), "(?s).*"),
+        (lambda model: setattr(model.head, "forward", lambda x: (x, 1)), "(?s).*"),
+    ],
+)
+def test_nothing_stays_on_a_model_that_is_refused(change, message):
+    model = Branches(lambda self, x: x)
+    change(model)
+    with pytest.raises((ValueError, AttributeError, TypeError), match=message):
+        pruning_units(model, torch.rand(1, 3, 8, 8))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_hooks_of_the_dependency_graph_go_with_it():
+    model = Branches(lambda self, x: x if not torch.is_grad_enabled() else x.missing)
+    with pytest.raises(ValueError, match="cannot follow"):
+        pruning_units(model, torch.rand(1, 3, 8, 8))
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_what_has_no_weights_or_no_channels_is_refused():
+    with pytest.raises(ValueError, match="has no weights"):
+        pruning_units(nn.Flatten(), torch.rand(1, 3, 8, 8))
+    with pytest.raises(ValueError, match="has no channels that could go"):
+        pruning_units(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), torch.rand(1, 3, 8, 8))
+    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
+        pruning_units(Branches(lambda self, x: x), torch.rand(1, 3, 8, 8))
+
+
+def test_groups_without_end_are_refused_in_seconds():
+    with pytest.raises(ValueError, match=r"RexNet\) holds an operation that torch-pruning cannot follow"):
+        pruning_units(timm.create_model("rexnet_100", num_classes=10), torch.rand(1, 3, 64, 64))
 
 
 def test_a_subclass_of_a_known_layer_is_refused():
