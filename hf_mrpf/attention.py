@@ -160,9 +160,9 @@ def _sizes(name: str, module: nn.Module, kind: AttentionKind) -> FoundAttention:
             if isinstance(value, float) and abs(value * dim**0.5 - 1) > 1e-6:
                 raise unsupported(name, module, f"has the softmax {scale} {value}, not head_dim ** -0.5 ({dim**-0.5})")
     parameters = dict(module.named_parameters())
-    for path, axis in kind.per_head:
-        if path not in parameters or parameters[path].ndim <= axis or parameters[path].shape[axis] != heads:
-            raise unsupported(name, module, f"has no parameter {path!r} with {heads} entries along axis {axis}")
+    for entry, axis in kind.per_head:
+        if entry not in parameters or parameters[entry].ndim <= axis or parameters[entry].shape[axis] != heads:
+            raise unsupported(name, module, f"has no parameter {entry!r} with {heads} entries along axis {axis}")
     first = {"q": 0, "k": inner, "v": 2 * inner} if fused else {"q": 0, "k": 0, "v": 0}
     return FoundAttention(
         name,

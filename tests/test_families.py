@@ -455,6 +455,10 @@ def test_a_new_class_of_attention_is_taught_in_one_call(monkeypatch):
         )
         assert plan.units[1].members == ("talk.ask", "talk.answer", "talk.say")
         assert plan.units[1].kind == ("heads" if heads else "attention")
+    monkeypatch.setattr("hf_mrpf.architectures.ATTENTIONS", dict(ATTENTIONS))
+    register_attention(CrossTalk, **entry, per_head={"loudness": 1})
+    with pytest.raises(ValueError, match=r"has no parameter 'loudness' with 3 entries along axis 1"):
+        pruning_units(randomise(Talkers()), images)
     with pytest.raises(ValueError, match="CrossTalk is known already, with other settings"):
         register_attention(CrossTalk, **entry)
     with pytest.raises(ValueError, match="a class of modules is needed"):
