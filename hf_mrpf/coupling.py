@@ -166,14 +166,15 @@ class _Opaque(torch.autograd.Function):
 @contextmanager
 def _bounded_groups() -> Iterator[None]:
     """
-    Stop torch-pruning where a group does not end.
+    Stop torch-pruning where a group does not end, and spare it what it would do again for every group.
 
     It goes on from every new set of indices, of which networks that slice and add again (RexNet, FocalNet) have endless
-    numbers: that would take hours rather than fail.
+    numbers: that would take hours rather than fail. And it works out where concatenations and slices lead before each
+    group, for a graph that may have been pruned since; this one is not.
     """
-    from torch_pruning.dependency import Group
+    from torch_pruning.dependency import Group, index_mapping
 
-    add = Group.add_dep
+    add, update = Group.add_dep, index_mapping.update_index_mapping
 
     def add_dep(group: "Group", dep: Any, idxs: Any) -> None:
         if len(group) > _MOST_DEPENDENCIES:
@@ -181,10 +182,12 @@ def _bounded_groups() -> Iterator[None]:
         add(group, dep, idxs)
 
     Group.add_dep = add_dep
+    index_mapping.update_index_mapping = lambda graph: None
     try:
         yield
     finally:
         Group.add_dep = add
+        index_mapping.update_index_mapping = update
 
 
 @contextmanager

@@ -121,9 +121,9 @@ def test_so_it_does_at_other_targets_and_pruned_three_times(name):
 def test_a_whole_pruned_network_equals_its_masked_original_and_takes_seconds(name):
     family = WHOLE[name]
     model, images = network(family), torch.rand(1, 3, family[1], family[1])
-    start = time.process_time()  # of one thread, whatever else the machine does
+    start = time.process_time()  # of all threads, whatever else the machine does: 10 s on two cores
     prune(model, plan_pruning(model, images, allocation="uniform", target=0.5))
-    assert time.process_time() - start < 10
+    assert time.process_time() - start < 20
     check_family(lambda: network(family), family[1], targets=(0.3, 0.5, 0.7), rounds=3, tolerance=0.02)
 
 
