@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST := .venv-oldest
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
-# One process a core: every test computes on one thread.
-PARALLEL := -n auto --dist worksteal
+# One process a core, since every test computes on one thread; a file stays in one of them, with what it sets up once.
+PARALLEL := -n auto --dist loadfile
 
 .PHONY: prune test test-all test-oldest lint clean
 
