@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -131,12 +131,21 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> AbstractContextManager[None]:
     """Stop the gradients of all parameters; afterwards each has its own flag back, also after an exception."""
+    return _flagged(model, False)
+
+
+def trainable(model: nn.Module) -> AbstractContextManager[None]:
+    """Let all parameters have gradients; afterwards each has its own flag back, also after an exception."""
+    return _flagged(model, True)
+
+
+@contextmanager
+def _flagged(model: nn.Module, flag: bool) -> Iterator[None]:
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for parameter, _ in flags:
-        parameter.requires_grad_(False)
+        parameter.requires_grad_(flag)
     try:
         yield
     finally:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .architectures import MERGES, class_id, owner, unsupported
-from .attacks import logits_of
+from .attacks import logits_of, trainable
 from .attention import FoundAttention
 from .layers import PRODUCERS, Layer, Slot, loose_parameters, parameter_layer
 
@@ -135,7 +135,7 @@ def _groups(model: nn.Module, example: Tensor, boxes: Mapping[str, _Box]) -> lis
 
     pruners = {type(module): BoxPruner() for module in by_module}
     roots = (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR, *pruners)
-    with torch.enable_grad(), _all_trainable(model), _boxed(by_module), _hooks_restored(model):
+    with torch.enable_grad(), trainable(model), _boxed(by_module), _hooks_restored(model):
         try:
             # Its default arguments are shared between calls: give it fresh ones.
             graph = tp.DependencyGraph().build_dependency(
@@ -299,16 +299,3 @@ def _slots(model: nn.Module, places: Places, layers: Mapping[str, Layer], order:
             raise unsupported(*owner(model, [name]), f"splits or mixes channels around {name!r}")
     channels = sorted(range(len(places[first])), key=lambda channel: places[first][channel])
     return tuple(Slot(*key, tuple(tuple(sorted(places[key][channel])) for channel in channels)) for key in keys)
-
-
-@contextmanager
-def _all_trainable(model: nn.Module) -> Iterator[None]:
-    """Let autograd, which the trace reads, see every parameter; afterwards each has its own flag back."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    for parameter, _ in flags:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)

@@ -255,22 +255,26 @@ def check_removal(model: nn.Module, example: Tensor, graph: UnitGraph, kept: Map
         removed = graph.removed_positions(chosen)
         return removal_error(model, example, graph.layers, removed, lambda pruned: cut(pruned, graph, chosen))
 
-    def fault(chosen: Mapping[str, Any]) -> str | None:
+    def refuse_where_wrong(chosen: Mapping[str, Any], where: tuple[str, nn.Module], which: str) -> None:
         try:
             found = error(chosen)
         except Exception as broken:  # an arbitrary network's own code may fail in any way at other widths
-            return f"does not run with fewer channels ({broken})"
-        if found <= TOLERANCE:
-            return None
-        return f"moves, mixes or shifts channels between its layers (removing some changes the others by {found:.1e})"
+            raise unsupported(*where, f"does not run with fewer channels ({broken}); {which}") from broken
+        if not found <= TOLERANCE:
+            reason = (
+                f"moves, mixes or shifts channels between its layers (removing some changes the others by {found:.1e})"
+            )
+            raise unsupported(*where, f"{reason}; {which}")
 
-    if fault(kept) is None:
-        return
-    for unit in graph.units:
-        if reason := fault({unit.name: kept[unit.name]}):
+    try:
+        refuse_where_wrong(kept, ("", model), "it shows where several units lose some at once")
+    except ValueError:
+        # One unit by itself says more of where it is.
+        for unit in graph.units:
             names = [slot.layer.partition(":")[0] for slot in graph.slots[unit.name]]
-            raise unsupported(*owner(model, names), f"{reason}; they are those of {', '.join(unit.members)}")
-    raise unsupported("", model, f"{fault(kept)}; it shows where several units lose some at once")
+            which = f"they are those of {', '.join(unit.members)}"
+            refuse_where_wrong({unit.name: kept[unit.name]}, owner(model, names), which)
+        raise
 
 
 def _some(graph: UnitGraph, unit: PruningUnit, generator: torch.Generator) -> Any:
