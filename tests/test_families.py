@@ -455,10 +455,11 @@ def test_a_new_class_of_attention_is_taught_in_one_call(monkeypatch):
         )
         assert plan.units[1].members == ("talk.ask", "talk.answer", "talk.say")
         assert plan.units[1].kind == ("heads" if heads else "attention")
-    monkeypatch.setattr("hf_mrpf.architectures.ATTENTIONS", dict(ATTENTIONS))
-    register_attention(CrossTalk, **entry, per_head={"loudness": 1})
-    with pytest.raises(ValueError, match=r"has no parameter 'loudness' with 3 entries along axis 1"):
-        pruning_units(randomise(Talkers()), images)
+    for parameter, axis in (("loudness", 1), ("volume", 0), ("mix.bias", 0)):
+        monkeypatch.setattr("hf_mrpf.architectures.ATTENTIONS", dict(ATTENTIONS))
+        register_attention(CrossTalk, **entry, per_head={"loudness": 0, parameter: axis})
+        with pytest.raises(ValueError, match=rf"has no parameter '{parameter}' with 3 entries along axis {axis}"):
+            pruning_units(randomise(Talkers()), images)
     with pytest.raises(ValueError, match="CrossTalk is known already, with other settings"):
         register_attention(CrossTalk, **entry)
     with pytest.raises(ValueError, match="a class of modules is needed"):
@@ -491,6 +492,20 @@ def test_a_plan_with_heads_that_the_model_has_not_is_refused():
     model, images = network(FAST["timm ViT"]), torch.rand(1, 3, 32, 32)
     values = plan_pruning(model, images, allocation="uniform").to_dict()
     values["kept"]["blocks.0.attn"]["heads"] = [0, 1, 3]
+    with pytest.raises(ValueError, match=r"unit 'blocks\.0\.attn' has 3 heads of 64 channels"):
+        prune(model, PruningPlan.from_dict(values))
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_a_plan_that_cuts_heads_in_another_way_than_its_units_say_is_refused(heads):
+    """Its ratios and sizes would be those of another network."""
+    model, images = network(FAST["timm ViT"]), torch.rand(1, 3, 32, 32)
+    values = plan_pruning(model, images, allocation="uniform", heads=heads).to_dict()
+    kept = values["kept"]["blocks.0.attn"]
+    if heads:
+        kept["qk"] = kept["v"] = [list(range(10))] * len(kept["heads"])
+    else:
+        kept.update({part: kept[part][:2] for part in kept})
     with pytest.raises(ValueError, match=r"unit 'blocks\.0\.attn' has 3 heads of 64 channels"):
         prune(model, PruningPlan.from_dict(values))
 
