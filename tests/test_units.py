@@ -270,6 +270,34 @@ def test_what_has_no_weights_or_no_channels_is_refused():
         pruning_units(Branches(lambda self, x: x), torch.rand(1, 3, 8, 8))
 
 
+class Pair(nn.Module):
+    """Hands a view of a parameter to a module of its own, as PiT does with its class token."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(1, 8, 1, 1))
+        self.patches, self.mix, self.head = nn.Conv2d(3, 8, 2, stride=2), Sum(), nn.Linear(8, 5)
+
+    def forward(self, images):
+        return self.head(self.mix((self.patches(images), self.bias.expand(len(images), -1, -1, -1))).mean((2, 3)))
+
+
+class Sum(nn.Module):
+    def forward(self, pair):
+        return pair[0] + pair[1]
+
+
+def test_views_of_parameters_may_go_through_modules():
+    images = torch.rand(1, 3, 8, 8)
+    (unit,) = pruning_units(Pair(), images)
+    assert unit.members == ("patches",) and unit.cost == count_macs(Pair(), images)
+
+
+def test_a_norm_over_groups_of_channels_is_refused():
+    with pytest.raises(ValueError, match=r"EfficientNet\) reshapes channels in a way that torch-pruning cannot follow"):
+        pruning_units(timm.create_model("test_efficientnet_evos", num_classes=10), torch.rand(1, 3, 64, 64))
+
+
 def test_groups_without_end_are_refused_in_seconds():
     with pytest.raises(ValueError, match=r"RexNet\) holds an operation that torch-pruning cannot follow"):
         pruning_units(timm.create_model("rexnet_100", num_classes=10), torch.rand(1, 3, 64, 64))
