@@ -1,17 +1,14 @@
-"""What the recipes share: command-line options in groups, the model to start from, errors as one message."""
+"""What the recipes share: command-line options in groups, the data and the model that they name."""
 
 import dataclasses
 import json
-import sys
 from argparse import ArgumentTypeError
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import HfArgumentParser, ProgressCallback, TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 
 from .config import MRPFConfig
 from .data import ImageData, load_image_data
@@ -29,7 +26,6 @@ TRAINING_OPTIONS = (
     "bf16",
     "resume_from_checkpoint",
 )
-SHOWN_IN_BAR = {"loss": "loss", "eval_accuracy": "clean", "eval_robust_accuracy": "robust"}
 # Settings that may change between two calls on one folder: they change what is shown or sent, not what is computed.
 NOT_PART_OF_A_RUN = (
     "output_dir",
@@ -157,26 +153,6 @@ def run_settings(*arguments: Any) -> dict[str, Any]:
     }
 
 
-def announce(args: MRPFConfig) -> None:
-    """The first line a recipe prints."""
-    if args.process_index == 0:
-        dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
-        print(f"world size {args.world_size}, device {args.device}, dtype {dtype}, seed {args.seed}", flush=True)
-
-
-class StageProgress(ProgressCallback):
-    """A bar that carries the newest figures, where `ProgressCallback` prints a line for each."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
-        self.figures: dict[str, str] = {}
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is not None and logs:
-            self.figures |= {short: f"{float(logs[name]):.3g}" for name, short in SHOWN_IN_BAR.items() if name in logs}
-            self.training_bar.set_postfix(self.figures)
-
-
 def load_data(arguments: DataArguments, image_size: int | None, seed: int) -> ImageData:
     """The images the options name."""
     return load_image_data(
@@ -206,27 +182,6 @@ def own_config(name: str | None, revision: str | None = None) -> PrunedConfig | 
     if values.get("model_type") != PrunedConfig.model_type:
         return None
     return PrunedConfig.from_dict(values)
-
-
-def quieten() -> None:
-    """Leaves to the bars of the stages what libraries would print for every file they write."""
-    import datasets
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-
-
-def report_errors(main: Callable[[], None]) -> None:
-    """Runs `main`; what a user can put right is printed as one message, and the exit status is 2."""
-    try:
-        main()
-    except (ValueError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 def starts_fresh(arguments: ModelArguments) -> bool:

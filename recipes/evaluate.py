@@ -14,7 +14,8 @@ from transformers import HfArgumentParser
 from transformers.utils import cached_file
 
 from hf_mrpf import AttackConfig, PrunedForImageClassification
-from hf_mrpf.cli import DataArguments, load_data, number, quieten, report_errors
+from hf_mrpf.cli import DataArguments, load_data, number
+from hf_mrpf.console import quieten, report_errors
 from hf_mrpf.data import ImageData
 from hf_mrpf.evaluation import ATTACKS, evaluate_robustness
 from hf_mrpf.report import RobustnessReport

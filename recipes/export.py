@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from hf_mrpf import PrunedForImageClassification
-from hf_mrpf.cli import quieten, report_errors
+from hf_mrpf.console import quieten, report_errors
 from hf_mrpf.efficiency import measure_latency, processor_name
 from hf_mrpf.export import FORMATS, ExportedFile, export_model, load_exported
 from hf_mrpf.report import package_versions

@@ -6,7 +6,7 @@ Sends the folder of a finished run to the Hub, or sends it again after an upload
 
 import argparse
 
-from hf_mrpf.cli import report_errors
+from hf_mrpf.console import report_errors
 from hf_mrpf.hub import push_folder
 
 

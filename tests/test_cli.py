@@ -12,14 +12,13 @@ from hf_mrpf.cli import (
     GroupedParser,
     ModelArguments,
     RunArguments,
-    StageProgress,
     build_model,
     load_data,
     number,
     own_config,
-    report_errors,
     run_settings,
 )
+from hf_mrpf.console import StageProgress, report_errors
 
 GROUPS = ("data:", "model:", "pruning:", "attack:", "training:", "Hub:", "transformers:")
 NARROW = '{"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8], "stem_type": "deep", "stem_width": 4}'

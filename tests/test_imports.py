@@ -43,7 +43,9 @@ FLOORS = {
     "publishing": 5,
     "trainer": 6,
     "cli": 4,
-    "__init__": 7,
+    "console": 4,
+    "stages": 7,
+    "__init__": 8,
 }
 HEAVY = (
     "timm",
