@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attacks import AttackConfig, eval_mode, keyed_start, logits_of, pgd_attack
+from .attacks import AttackConfig, eval_mode, logits_of
+from .calibration import attacked_batches
 from .pruning import PruningPlan, plan_pruning, prune
 from .repair import RepairReport, recalibrate_batchnorm, repair
 
@@ -79,16 +80,11 @@ def compress(
 
 
 def _accuracy(model: nn.Module, sets: list[tuple[Tensor, Tensor]], attack: AttackConfig, seed: int) -> dict[str, float]:
-    device = next(model.parameters()).device
     clean = robust = total = 0
     with eval_mode(model):
-        for images, labels in sets:
-            images, labels = images.to(device), labels.to(device)
-            indices = range(total, total + len(images))
-            start = keyed_start(images, indices, attack, seed) if attack.random_start else None
-            attacked = pgd_attack(model, images, labels, attack, start=start)
+        for images, adversarial, labels in attacked_batches(model, sets, attack, seed=seed):
             with torch.no_grad():
                 clean += int((logits_of(model(images)).argmax(1) == labels).sum())
-                robust += int((logits_of(model(attacked)).argmax(1) == labels).sum())
+                robust += int((logits_of(model(adversarial)).argmax(1) == labels).sum())
             total += len(images)
     return {"clean": clean / total, "robust": robust / total}

@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from tqdm.auto import tqdm
 
 from .attacks import AttackConfig, check_pixels, eval_mode, frozen, keyed_start, logits_of, pgd_attack
 from .data import as_pixel_dataset, batches, stratified_order
+from .fingerprint import images_sha256, weights_sha256
+from .journal import Journal
+from .processes import Processes
 from .report import PairedDifference, RobustnessReport, package_versions, paired_difference, wilson_interval
 
 __all__ = [
@@ -67,6 +71,8 @@ def evaluate_robustness(
     batch_size: int = 128,
     data_name: str = "",
     progress: bool = False,
+    distributed: bool = False,
+    journal: Path | str | None = None,
 ) -> RobustnessReport:
     """
     Measure clean accuracy and robust accuracy under named attacks.
@@ -99,6 +105,12 @@ def evaluate_robustness(
             What to call the images in the report.
         progress (`bool`, *optional*, defaults to `False`):
             Whether to show a progress bar.
+        distributed (`bool`, *optional*, defaults to `False`):
+            Whether every process of the group makes this same call: each then attacks a share of every `batch_size`
+            times their number of images, no image twice, and all get the same report.
+        journal (`Path` or `str`, *optional*):
+            File to keep the verdicts in, batch by batch. The same call on the same weights goes on from there; an image
+            that is another one now is measured again.
 
     Returns:
         [`RobustnessReport`]
@@ -116,24 +128,35 @@ def evaluate_robustness(
             f"num_samples is {num_samples!r}; it must be an integer of at least 1, or None for all images."
         )
     weight = next(model.parameters(), torch.zeros(()))
-    verdicts: dict[str, list[bool]] = {name: [] for name in ("clean", *names)}
-    total = _count(data, num_samples)
-    fingerprint, blind = hashlib.sha256(), 0
+    processes = Processes.of(distributed)
+    settings = {name: _settings(spec, attack) for name, spec in names.items()}
+    subject = {"norm": attack.norm, "eps": attack.eps, "seed": seed, "attacks": settings, "zero_gradients": bool(names)}
+    subject |= {"weights": weights_sha256(model)} if journal else {}
+    fingerprint, outcomes = hashlib.sha256(), []
     network = _in_float32(model)
     image_size = getattr(getattr(model, "config", None), "image_size", None)
     image_size = image_size if isinstance(image_size, int) else None
-    with eval_mode(network), frozen(network), tqdm(total=total, unit="image", disable=not progress) as bar:
-        for indices, images, labels in _indexed_batches(data, num_samples, seed, batch_size, image_size):
+    bar = tqdm(total=_count(data, num_samples), unit="image", disable=not (progress and processes.is_main))
+    with eval_mode(network), frozen(network), Journal(journal, subject, processes) as kept, bar:
+        known = {image: outcome for entry in kept.entries for image, outcome in entry.items()}
+        together = batch_size * processes.count
+        for indices, images, labels in _indexed_batches(data, num_samples, seed, together, image_size):
             _add_to(fingerprint, indices, images, labels)
-            images, labels = images.to(weight.device), labels.to(weight.device)
-            logits, zero_gradients = _clean_logits(network, images, labels, indices, gradient=bool(names))
-            correct = logits.argmax(1) == labels
-            verdicts["clean"] += correct.tolist()
-            blind += zero_gradients
-            for name, spec in names.items():
-                robust = _robust(network, images, labels, indices, correct, spec, attack, seed)
-                verdicts[name] += robust.tolist()
+            keys = [f"{index} {digest}" for index, digest in zip(indices, images_sha256(images, labels), strict=True)]
+            missing = [position for position, key in enumerate(keys) if key not in known]
+            if missing:
+                mine = missing[processes.share(len(missing))]
+                batch = [indices[i] for i in mine], images[mine].to(weight.device), labels[mine].to(weight.device)
+                found = _outcomes(network, *batch, names, attack, seed) if mine else []
+                entry = dict(zip([keys[i] for i in missing], chain.from_iterable(processes.gather(found)), strict=True))
+                kept.add(entry)
+                known |= entry
+            outcomes += [known[key] for key in keys]
             bar.update(len(images))
+    columns = list(zip(*outcomes, strict=True)) or [()] * (2 + len(names))
+    verdicts = {
+        name: [bit == "1" for bit in column] for name, column in zip(("clean", *names), columns[1:], strict=True)
+    }
     count = len(verdicts["clean"])
     if count == 0:
         raise ValueError("There are no images to evaluate: data is empty.")
@@ -142,12 +165,12 @@ def evaluate_robustness(
         clean_accuracy=right["clean"] / count,
         attacks={name: right[name] / count for name in names},
         intervals={name: wilson_interval(right[name], count) for name in verdicts},
-        settings={name: _settings(spec, attack) for name, spec in names.items()},
+        settings=settings,
         num_samples=count,
         norm=attack.norm,
         eps=attack.eps,
         seed=seed,
-        zero_gradient_share=blind / count if names else None,
+        zero_gradient_share=columns[0].count("1") / count if names else None,
         data_name=data_name,
         images=fingerprint.hexdigest(),
         device=str(weight.device),
@@ -258,10 +281,27 @@ def _add_to(fingerprint: Any, indices: list[int], images: Tensor, labels: Tensor
         fingerprint.update(image.contiguous().numpy().tobytes())
 
 
+def _outcomes(
+    model: nn.Module,
+    indices: list[int],
+    images: Tensor,
+    labels: Tensor,
+    names: Mapping[str, NamedAttack],
+    attack: AttackConfig,
+    seed: int,
+) -> list[str]:
+    """For each image one digit a question: has it no gradient, is it right as it is, does it withstand each attack."""
+    logits, blind = _clean_logits(model, images, labels, indices, gradient=bool(names))
+    correct = logits.argmax(1) == labels
+    answers = [blind, correct]
+    answers += [_robust(model, images, labels, indices, correct, spec, attack, seed) for spec in names.values()]
+    return ["".join("01"[bit] for bit in bits) for bits in torch.stack(answers, 1).tolist()]
+
+
 def _clean_logits(
     model: nn.Module, images: Tensor, labels: Tensor, indices: list[int], *, gradient: bool
-) -> tuple[Tensor, int]:
-    """Logits of the images, and how many of them have no gradient anywhere (0 if it is not asked for)."""
+) -> tuple[Tensor, Tensor]:
+    """Logits of the images, and which of them have no gradient anywhere (none, if it is not asked for)."""
     with torch.set_grad_enabled(gradient):
         leaf = images.clone().requires_grad_(gradient)
         logits = _finite_logits(model, leaf, indices)
@@ -273,9 +313,9 @@ def _clean_logits(
                 f"classes (0 to {classes - 1})."
             )
         if not gradient:
-            return logits, 0
+            return logits, torch.zeros_like(labels, dtype=torch.bool)
         (slope,) = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), leaf)
-    return logits.detach(), int((slope.flatten(1).abs().amax(1) == 0).sum())
+    return logits.detach(), slope.flatten(1).abs().amax(1) == 0
 
 
 def _robust(

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attacks import eval_mode, logits_of
+from .processes import Processes
 
 if TYPE_CHECKING:
     from torch_pruning.dependency import Group
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
-def magnitude(model: nn.Module, groups: Mapping[str, "Group"], batches: Batches, seed: int) -> dict[str, Tensor]:
+def magnitude(
+    model: nn.Module, groups: Mapping[str, "Group"], batches: Batches, seed: int, processes: Processes | None = None
+) -> dict[str, Tensor]:
     """
     Squared l2 norm of all weights that a channel touches, relative to the unit's mean (group magnitude, p = 2,
     [DepGraph](https://huggingface.co/papers/2301.12900)).
@@ -28,6 +31,7 @@ def magnitude(model: nn.Module, groups: Mapping[str, "Group"], batches: Batches,
         batches (`Iterable[tuple[Tensor, Tensor]]`): adversarial images `[N, 3, H, W]` in [0, 1] and labels `[N]`; only
             the data-driven importances read them.
         seed (`int`): seed of the random importance.
+        processes ([`Processes`], *optional*): who sums up gradients together, each on `batches` of its own.
 
     Returns:
         `dict[str, Tensor]`: for each unit one finite score a channel, `[width]`, on the CPU; higher is kept first.
@@ -40,7 +44,9 @@ def magnitude(model: nn.Module, groups: Mapping[str, "Group"], batches: Batches,
     return _score(GroupMagnitudeImportance(p=2), groups)
 
 
-def random(model: nn.Module, groups: Mapping[str, "Group"], batches: Batches, seed: int) -> dict[str, Tensor]:
+def random(
+    model: nn.Module, groups: Mapping[str, "Group"], batches: Batches, seed: int, processes: Processes | None = None
+) -> dict[str, Tensor]:
     """Uniform noise in [0, 1) from `seed`: the control. Arguments and result as for [`magnitude`]."""
     from torch_pruning.pruner.importance import RandomImportance
 
@@ -49,7 +55,9 @@ def random(model: nn.Module, groups: Mapping[str, "Group"], batches: Batches, se
         return _score(RandomImportance(), groups)
 
 
-def lamp(model: nn.Module, groups: Mapping[str, "Group"], batches: Batches, seed: int) -> dict[str, Tensor]:
+def lamp(
+    model: nn.Module, groups: Mapping[str, "Group"], batches: Batches, seed: int, processes: Processes | None = None
+) -> dict[str, Tensor]:
     """
     Squared norm of a channel over the summed norm of all that are at least as large, which compares between units
     ([LAMP](https://huggingface.co/papers/2010.07611)). Arguments and result as for [`magnitude`].
@@ -59,7 +67,9 @@ def lamp(model: nn.Module, groups: Mapping[str, "Group"], batches: Batches, seed
     return _score(LAMPImportance(), groups)
 
 
-def taylor(model: nn.Module, groups: Mapping[str, "Group"], batches: Batches, seed: int) -> dict[str, Tensor]:
+def taylor(
+    model: nn.Module, groups: Mapping[str, "Group"], batches: Batches, seed: int, processes: Processes | None = None
+) -> dict[str, Tensor]:
     """
     First-order change of the adversarial cross-entropy, sum of |weight * gradient| over the weights that a channel
     touches ([Molchanov et al., 2019](https://huggingface.co/papers/1906.10771)); torch-pruning leaves BatchNorm's own
@@ -72,11 +82,13 @@ def taylor(model: nn.Module, groups: Mapping[str, "Group"], batches: Batches, se
         for images, labels in batches:
             F.cross_entropy(logits_of(model(images)), labels, reduction="sum").backward()
             count += len(labels)
-        _complete(parameters, count, "taylor")
+        _complete(parameters, count, "taylor", processes or Processes())
         return _score(GroupTaylorImportance(), groups)
 
 
-def hessian(model: nn.Module, groups: Mapping[str, "Group"], batches: Batches, seed: int) -> dict[str, Tensor]:
+def hessian(
+    model: nn.Module, groups: Mapping[str, "Group"], batches: Batches, seed: int, processes: Processes | None = None
+) -> dict[str, Tensor]:
     """
     Second-order change of the adversarial cross-entropy, sum of weight^2 times the mean squared gradient of single
     images ([Optimal Brain
@@ -99,7 +111,7 @@ def hessian(model: nn.Module, groups: Mapping[str, "Group"], batches: Batches, s
         # The class's own accumulate_grad keeps only the last image; it reads means of squares from .grad as well.
         for parameter, square in zip(parameters, squares, strict=True):
             parameter.grad = square
-        _complete(parameters, count, "hessian")
+        _complete(parameters, count, "hessian", processes or Processes())
         return _score(GroupHessianImportance(), groups)
 
 
@@ -123,13 +135,14 @@ def _score(importance: "Importance", groups: Mapping[str, "Group"]) -> dict[str,
     return scores
 
 
-def _complete(parameters: list[nn.Parameter], count: int, name: str) -> None:
-    """The classes read every weight's gradient: one that the loss does not reach has none, so make it zero."""
-    if count == 0:
+def _complete(parameters: list[nn.Parameter], count: int, name: str, processes: Processes) -> None:
+    """Sums `.grad` over the processes. The classes read every weight's: where the loss does not reach, it is zero."""
+    if sum(processes.gather(count)) == 0:
         raise ValueError(f"importance {name!r} needs images to take gradients on; batches are empty.")
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
+    processes.sum_([parameter.grad for parameter in parameters if parameter.grad is not None])
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """The pruning plan: which channels stay, what led to it, and its JSON."""
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -206,15 +205,6 @@ def trace_for(plan: PruningPlan, model: nn.Module) -> UnitGraph:
     """The units of a model as the plan cuts them: channels of heads, or whole heads."""
     heads = any(unit.kind == "heads" for unit in plan.units)
     return trace_units(model, torch.zeros(plan.example_shape), heads=heads, check=False)
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of a model's state dict, in the order of names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _describe(unit: tuple[int, tuple[str, ...]] | None) -> str:

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from .allocation import Widths, allowed_widths, get_allocation, meet_target, nearest_width
-from .attacks import AttackConfig, keyed_start, pgd_attack
+from .attacks import AttackConfig
+from .calibration import attacked_batches
 from .efficiency import count_macs, count_parameters
+from .fingerprint import weights_sha256
 from .importance import get_importance
 from .modeling import PrunedForImageClassification, describe_pruning
-from .plan import PruningPlan, check_fits, removed_fraction, trace_for, weights_sha256
+from .plan import PruningPlan, check_fits, removed_fraction, trace_for
+from .processes import Processes
 from .report import package_versions
 from .selection import importance_by_channel, most_important
 from .sensitivity import (
@@ -47,6 +50,7 @@ def plan_pruning(
     ignore: Sequence[str] = (),
     heads: bool = False,
     seed: int = 0,
+    distributed: bool = False,
 ) -> PruningPlan:
     """
     Plan which channels to remove so that a fraction of the cost stays. The model is not changed.
@@ -92,6 +96,9 @@ def plan_pruning(
             head. `min_channels` and `round_to` are not about heads.
         seed (`int`, *optional*, defaults to 0):
             Of random importances and of the attack's starts.
+        distributed (`bool`, *optional*, defaults to `False`):
+            Whether every process of the group makes this same call: each then takes a share of the images, and all get
+            the same plan.
 
     Returns:
         [`PruningPlan`].
@@ -123,11 +130,15 @@ def plan_pruning(
     unit_scores: dict[str, float] = {}
     if scores is None and allocation == "mrs" and calibration is not None:
         groups = {unit.name: unit.members for unit in graph.units} if combine == "joint" else None
-        scores = module_robustness_sensitivity(model, *calibration, seed=seed, groups=groups)
+        scores = module_robustness_sensitivity(model, *calibration, seed=seed, groups=groups, distributed=distributed)
     if scores is not None:
         module_scores, unit_scores = _scores_by_unit(model, graph, scores, combine)
-    attacked = _attacked(model, *calibration, seed) if data_driven and calibration is not None else ()
-    importances = score_channels(model, graph.groups, attacked, seed)
+    processes = Processes.of(distributed)
+    attacked: Batches = ()
+    if data_driven and calibration is not None:
+        parts = attacked_batches(model, *calibration, seed=seed, processes=processes)
+        attacked = ((part.adversarial, part.labels) for part in parts)
+    importances = score_channels(model, graph.groups, attacked, seed, processes)
 
     order = {unit.name: unit_scores.get(unit.name, 0.0) for unit in free}
     given_scores: Mapping[str, Any] = order
@@ -299,14 +310,3 @@ def _dense_size(model: nn.Module, example: Tensor) -> dict[str, int] | None:
         dense = PrunedForImageClassification(config)
         images = torch.zeros(1, *example.shape[1:])
     return {"macs": count_macs(dense, images), "params": count_parameters(dense)}
-
-
-def _attacked(model: nn.Module, sets: Batches, attack: AttackConfig, seed: int) -> Batches:
-    first = 0
-    device = next(model.parameters()).device
-    for images, labels in sets:
-        images, labels = images.to(device), labels.to(device)
-        indices = range(first, first + len(images))
-        start = keyed_start(images, indices, attack, seed) if attack.random_start else None
-        first += len(images)
-        yield pgd_attack(model, images, labels, attack, start=start), labels

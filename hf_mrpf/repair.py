@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .attacks import AttackConfig, eval_mode, keyed_start, pgd_attack
+from .attacks import AttackConfig, eval_mode
+from .calibration import attacked_batches
 from .plan import PruningPlan, trace_for
+from .processes import Processes
 
 MAX_INPUTS = 8192
 # Elements of one block of image patches: 64 MB in float64.
@@ -47,6 +49,7 @@ def repair(
     *,
     damping: float = 1e-3,
     seed: int = 0,
+    distributed: bool = False,
 ) -> RepairReport:
     """
     Refit every layer that lost inputs, so that what is left of them gives the dense model's outputs best.
@@ -73,6 +76,9 @@ def repair(
             `lam` as a fraction of the mean diagonal of `C[K, K]`, more than 0.
         seed (`int`, *optional*, defaults to 0):
             Of the attack's random starts.
+        distributed (`bool`, *optional*, defaults to `False`):
+            Whether every process of the group makes this same call: each then takes a share of the images, and all
+            refit alike.
 
     Returns:
         [`RepairReport`]. Depthwise layers, convolutions with other than zero padding of fixed size and layers of more
@@ -96,7 +102,7 @@ def repair(
             repairable.append(layer)
         else:
             left[layer] = reason
-    moments = _input_moments(dense, repairable, batches, attack, seed)
+    moments = _input_moments(dense, repairable, batches, attack, seed, Processes.of(distributed))
     errors = {}
     for layer in repairable:
         old, new = cast(Layer, dense.get_submodule(layer)), cast(Layer, pruned.get_submodule(layer))
@@ -181,10 +187,15 @@ def _reason_to_leave(layer: nn.Module) -> str | None:
 
 
 def _input_moments(
-    dense: nn.Module, layers: list[str], batches: Batches, attack: AttackConfig | None, seed: int
+    dense: nn.Module,
+    layers: list[str],
+    batches: Batches,
+    attack: AttackConfig | None,
+    seed: int,
+    processes: Processes,
 ) -> dict[str, Tensor]:
     """Mean of x x^T, float64, over all input patches x of each layer; with a last input of 1 where it has a bias."""
-    sums: dict[str, Tensor] = {}
+    sums = {name: _no_moment(dense.get_submodule(name)) for name in layers}
     counts = dict.fromkeys(layers, 0)
 
     def accumulate(name: str, module: nn.Module, inputs: Tensor) -> None:
@@ -193,27 +204,27 @@ def _input_moments(
                 patches = torch.cat([patches, patches.new_ones(len(patches), 1)], dim=1)
             # Rounded to float32, a moment of many inputs would not be positive definite.
             patches = patches.double()
-            product = patches.T @ patches
-            sums[name] = sums[name].add_(product) if name in sums else product
+            sums[name].addmm_(patches.T, patches)
             counts[name] += len(patches)
 
-    device = next(dense.parameters()).device
-    first = 0
+    seen = 0
     with eval_mode(dense):
-        for images, labels in batches:
-            images, labels = images.to(device), labels.to(device)
-            views = [images]
-            if attack is not None:
-                indices = range(first, first + len(images))
-                start = keyed_start(images, indices, attack, seed) if attack.random_start else None
-                views.append(pgd_attack(dense, images, labels, attack, start=start))
-            first += len(images)
+        for batch in attacked_batches(dense, batches, attack or AttackConfig(eps=0), seed=seed, processes=processes):
+            seen += len(batch.images)
             with torch.no_grad(), _hooked(dense, layers, accumulate):
-                for view in views:
+                for view in (batch.images,) if attack is None else (batch.images, batch.adversarial):
                     dense(view)
-    if first == 0:
+    if sum(processes.gather(seen)) == 0:
         raise ValueError("batches are empty; the repair needs calibration images.")
-    return {name: moment / counts[name] for name, moment in sums.items()}
+    processes.sum_(list(sums.values()))
+    totals = [sum(shares) for shares in zip(*processes.gather(list(counts.values())), strict=True)]
+    return {name: sums[name] / total for name, total in zip(counts, totals, strict=True)}
+
+
+def _no_moment(layer: nn.Module) -> Tensor:
+    weight = cast(Layer, layer).weight
+    inputs = weight[0].numel() + (layer.bias is not None)
+    return weight.new_zeros(inputs, inputs, dtype=torch.float64)
 
 
 @contextmanager

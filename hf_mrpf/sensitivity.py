@@ -1,20 +1,25 @@
 """Module robustness sensitivity (MRS): how much a small change of one module's weights costs in robust loss."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations, islice
 from numbers import Real
+from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .attacks import AttackConfig, check_pixels, eval_mode, frozen, keyed_start, logits_of, pgd_attack
+from .attacks import AttackConfig, check_pixels, eval_mode, frozen
 from .attention import attention_slices
+from .calibration import attacked_batches
+from .fingerprint import images_sha256, weights_sha256
+from .journal import Journal
+from .processes import Processes
+from .weight_ascent import Piece, RobustLoss, ascend, norm
 
 SCORED_MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
@@ -65,6 +70,8 @@ def module_robustness_sensitivity(
     slices: Mapping[str, tuple[str, slice]] | None = None,
     batch_size: int = 128,
     progress: bool = False,
+    distributed: bool = False,
+    journal: Path | str | None = None,
 ) -> SensitivityResult:
     """
     Score each module by the rise of the robust loss within a ball around its weights.
@@ -103,6 +110,12 @@ def module_robustness_sensitivity(
             Images run at once; larger sets are summed up in parts.
         progress (`bool`, *optional*, defaults to `False`):
             Whether to show a progress bar.
+        distributed (`bool`, *optional*, defaults to `False`):
+            Whether every process of the group makes this same call: each then takes a share of every set, and all get
+            the same scores.
+        journal (`Path` or `str`, *optional*):
+            File to keep each score in as soon as it is measured. The same call on the same weights and images goes on
+            from there, and ends with the same result.
 
     Returns:
         [`SensitivityResult`].
@@ -117,31 +130,7 @@ def module_robustness_sensitivity(
     targets = _targets(model, groups, slices)
     every_piece = [piece for pieces in targets.values() for piece in pieces]
     sets = _calibration_sets(batches)
-    attack_passes = attack.num_steps if attack.eps > 0 else 0
-    per_set, robust_losses, done, forwards, backwards = [], [], 0, 0, 0
-    with (
-        eval_mode(model),
-        frozen(model),
-        tqdm(total=len(sets) * len(targets), desc="sensitivity", unit="module", disable=not progress) as bar,
-    ):
-        for images, labels in sets:
-            parts = _adversarial_parts(model, images, labels, attack, seed, done, batch_size)
-            measure = _RobustLoss(model, parts)
-            loss, gradients = measure(every_piece)
-            remaining, scores = iter(gradients), {}
-            for name, pieces in targets.items():
-                gradient = list(islice(remaining, len(pieces)))
-                radius = gamma * _norm(piece.view for piece in pieces)
-                if method == "first_order":
-                    scores[name] = radius * _norm(gradient)
-                else:
-                    scores[name] = _ascend(pieces, gradient, radius, steps, measure, loss)
-                bar.update()
-            done += len(images)
-            forwards += attack_passes + measure.forwards
-            backwards += attack_passes + measure.backwards
-            per_set.append(scores)
-            robust_losses.append(loss)
+    processes = Processes.of(distributed)
     settings = {
         "method": method,
         "gamma": float(gamma),
@@ -153,10 +142,43 @@ def module_robustness_sensitivity(
         "groups": {name: list(members) for name, members in (groups or {}).items()},
         "slices": {name: [module, rows.start, rows.stop] for name, (module, rows) in (slices or {}).items()},
         "dtype": str(every_piece[0].weight.dtype).removeprefix("torch."),
-        "robust_losses": robust_losses,
-        "forwards": forwards,
-        "backwards": backwards,
     }
+    per_set, robust_losses, first = [], [], 0
+    # The attack of each set, and the loss and gradient that its scores start from.
+    forwards = backwards = len(sets) * (1 + (attack.num_steps if attack.eps > 0 else 0))
+    subject = _subject(settings, model, sets) if journal else {}
+    bar = tqdm(
+        total=len(sets) * len(targets),
+        desc="sensitivity",
+        unit="module",
+        disable=not (progress and processes.is_main),
+    )
+    with eval_mode(model), frozen(model), Journal(journal, subject, processes) as kept, bar:
+        for number, (images, labels) in enumerate(sets):
+            known = {entry["name"]: entry for entry in kept.entries if entry["set"] == number}
+            bar.update(len(known))
+            missing = targets.keys() - known.keys()
+            if missing:
+                parts = attacked_batches(
+                    model,
+                    [(images, labels)],
+                    attack,
+                    seed=seed,
+                    first=first,
+                    batch_size=batch_size,
+                    processes=processes,
+                )
+                measure = RobustLoss(model, list(parts), len(images), processes)
+                for entry in _scores(targets, missing, measure, gamma, steps):
+                    known[entry["name"]] = entry | {"set": number}
+                    kept.add(known[entry["name"]])
+                    bar.update()
+            first += len(images)
+            forwards += sum(entry["forwards"] for entry in known.values())
+            backwards += sum(entry["backwards"] for entry in known.values())
+            per_set.append({name: known[name]["score"] for name in targets})
+            robust_losses.append(next(iter(known.values()))["robust_loss"])
+    settings |= {"robust_losses": robust_losses, "forwards": forwards, "backwards": backwards}
     means = {name: fmean(scores[name] for scores in per_set) for name in targets}
     return SensitivityResult(means, tuple(per_set), _mean_spearman(per_set), settings)
 
@@ -214,85 +236,6 @@ def check_finite_weights(model: nn.Module) -> None:
             raise ValueError(f"buffer {name!r} holds NaN; load or train the model again.")
 
 
-class _Piece(NamedTuple):
-    """Rows of one weight; a target, which is what gets perturbed together, is a list of these."""
-
-    weight: nn.Parameter
-    rows: slice = slice(None)
-
-    @property
-    def view(self) -> Tensor:
-        return self.weight.detach()[self.rows]
-
-
-@dataclass
-class _RobustLoss:
-    """Mean loss over one calibration set at the present weights; every sum over images is made here."""
-
-    model: nn.Module
-    parts: list[tuple[Tensor, Tensor]]
-    forwards: int = 0
-    backwards: int = 0
-
-    def __call__(self, pieces: Sequence[_Piece] = ()) -> tuple[float, list[Tensor]]:
-        """The loss in nats and its gradient for each piece, 0 for one that the loss does not depend on."""
-        weights = list({id(piece.weight): piece.weight for piece in pieces}.values())
-        count = sum(len(labels) for _, labels in self.parts)
-        total, gradients = 0.0, {id(weight): torch.zeros_like(weight) for weight in weights}
-        for weight in weights:
-            weight.requires_grad_(True)
-        try:
-            for images, labels in self.parts:
-                with torch.set_grad_enabled(bool(weights)):
-                    losses = F.cross_entropy(logits_of(self.model(images)), labels, reduction="none")
-                    loss = losses.sum()
-                # Scores are small differences of losses: a float32 sum would lose their last digits.
-                total += losses.detach().cpu().double().sum().item()
-                if weights:
-                    shares = torch.autograd.grad(loss, weights, allow_unused=True)
-                    for gradient, share in zip(gradients.values(), shares, strict=True):
-                        if share is not None:
-                            gradient.add_(share, alpha=1 / count)
-        finally:
-            for weight in weights:
-                weight.requires_grad_(False)
-        self.forwards += 1
-        self.backwards += bool(weights)
-        if not math.isfinite(total):
-            raise ValueError("the robust loss is not finite; check the model's logits, or lower gamma.")
-        return total / count, [gradients[id(piece.weight)][piece.rows] for piece in pieces]
-
-
-def _ascend(
-    pieces: list[_Piece], gradient: list[Tensor], radius: float, steps: int, measure: _RobustLoss, loss: float
-) -> float:
-    """Largest rise met by projected ascent; `gradient` and `loss` are those at the unperturbed weights."""
-    originals = [piece.view.clone() for piece in pieces]
-    moves = [torch.zeros_like(original) for original in originals]
-    best = 0.0
-    try:
-        for left in reversed(range(steps)):
-            length = _norm(gradient)
-            if radius == 0 or length == 0:
-                break
-            for move, part in zip(moves, gradient, strict=True):
-                move.add_(part / length, alpha=radius)
-            shrink = radius / max(radius, _norm(moves))
-            for piece, original, move in zip(pieces, originals, moves, strict=True):
-                piece.view.copy_(original + move.mul_(shrink))
-            # One forward gives this step's value and, except at the last, the next step's gradient.
-            value, gradient = measure(pieces if left else ())
-            best = max(best, value - loss)
-    finally:
-        for piece, original in zip(pieces, originals, strict=True):
-            piece.view.copy_(original)
-    return best
-
-
-def _norm(tensors: Iterable[Tensor]) -> float:
-    return math.hypot(*(tensor.norm().item() for tensor in tensors))
-
-
 def _check_options(method: str, gamma: float, num_steps: int | None, batch_size: int) -> int:
     """The number of ascent steps, once every option is known to be usable."""
     if method not in METHODS:
@@ -309,9 +252,9 @@ def _check_options(method: str, gamma: float, num_steps: int | None, batch_size:
 
 def _targets(
     model: nn.Module, groups: Mapping[str, Sequence[str]] | None, slices: Mapping[str, tuple[str, slice]] | None
-) -> dict[str, list[_Piece]]:
+) -> dict[str, list[Piece]]:
     """What is perturbed together, by name: each weight, each named slice of one; or groups of these."""
-    members: dict[str, _Piece] = {}
+    members: dict[str, Piece] = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
         if not isinstance(module, SCORED_MODULES):
@@ -320,13 +263,13 @@ def _targets(
             raise ValueError(f"the weight of module {name!r} is computed (parametrized); make it plain before scoring.")
         if id(module.weight) not in seen:
             seen.add(id(module.weight))
-            members[name] = _Piece(module.weight)
+            members[name] = Piece(module.weight)
     for name, (module_name, rows) in (slices or {}).items():
         if module_name not in members:
             raise ValueError(
                 f"slice {name!r} is of {module_name!r}, which is not scored; scored: {', '.join(members)}."
             )
-        members[name] = _Piece(members[module_name].weight, rows)
+        members[name] = Piece(members[module_name].weight, rows)
     if not members:
         known = ", ".join(kind.__name__ for kind in SCORED_MODULES)
         raise ValueError(f"{type(model).__name__} has no module to score; a {known} is needed.")
@@ -361,17 +304,32 @@ def _calibration_sets(batches: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[Te
     return sets
 
 
-def _adversarial_parts(
-    model: nn.Module, images: Tensor, labels: Tensor, attack: AttackConfig, seed: int, first: int, batch_size: int
-) -> list[tuple[Tensor, Tensor]]:
-    """Adversarial images of one set and their labels, in micro-batches on the model's device."""
-    device = next(model.parameters()).device
-    parts = []
-    for x, y in zip(images.to(device).split(batch_size), labels.to(device).split(batch_size), strict=True):
-        start = keyed_start(x, range(first, first + len(x)), attack, seed)
-        parts.append((pgd_attack(model, x, y, attack, start=start), y))
-        first += len(x)
-    return parts
+def _scores(
+    targets: Mapping[str, list[Piece]], missing: Container[str], measure: RobustLoss, gamma: float, steps: int
+) -> Iterator[dict[str, Any]]:
+    """The score of each missing target on one set, with what it cost; no steps mean first order."""
+    loss, gradients = measure([piece for pieces in targets.values() for piece in pieces])
+    remaining = iter(gradients)
+    for name, pieces in targets.items():
+        gradient = list(islice(remaining, len(pieces)))
+        if name not in missing:
+            continue
+        forwards, backwards = measure.forwards, measure.backwards
+        radius = gamma * norm(piece.view for piece in pieces)
+        score = ascend(pieces, gradient, radius, steps, measure, loss) if steps else radius * norm(gradient)
+        yield {
+            "name": name,
+            "score": score,
+            "robust_loss": loss,
+            "forwards": measure.forwards - forwards,
+            "backwards": measure.backwards - backwards,
+        }
+
+
+def _subject(settings: Mapping[str, Any], model: nn.Module, sets: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    """Everything that a score depends on: settings, weights, images."""
+    images = [images_sha256(*pair) for pair in sets]
+    return {"sensitivity": dict(settings), "weights": weights_sha256(model), "images": images}
 
 
 def _mean_spearman(per_set: Sequence[Mapping[str, float]]) -> float | None:

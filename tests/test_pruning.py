@@ -20,8 +20,9 @@ from pruning_reference import (
 
 from hf_mrpf.attacks import AttackConfig
 from hf_mrpf.efficiency import count_macs, count_parameters
+from hf_mrpf.fingerprint import weights_sha256
 from hf_mrpf.modeling import PrunedForImageClassification
-from hf_mrpf.plan import PruningPlan, weights_sha256
+from hf_mrpf.plan import PruningPlan
 from hf_mrpf.pruning import plan_pruning, prune
 from hf_mrpf.sensitivity import module_robustness_sensitivity
 from hf_mrpf.units import pruning_units

@@ -1,0 +1,98 @@
+"""Projected gradient ascent on weights: how far the robust loss rises within a ball around a module's weights."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attacks import logits_of
+from .calibration import AttackedBatch
+from .processes import Processes
+
+
+class Piece(NamedTuple):
+    """Rows of one weight; a target, which is what gets perturbed together, is a list of these."""
+
+    weight: nn.Parameter
+    rows: slice = slice(None)
+
+    @property
+    def view(self) -> Tensor:
+        return self.weight.detach()[self.rows]
+
+
+@dataclass
+class RobustLoss:
+    """Mean loss over one calibration set at the present weights; every sum over images is made here."""
+
+    model: nn.Module
+    parts: list[AttackedBatch]
+    count: int
+    processes: Processes
+    forwards: int = 0
+    backwards: int = 0
+
+    def __call__(self, pieces: Sequence[Piece] = ()) -> tuple[float, list[Tensor]]:
+        """The loss in nats and its gradient for each piece, 0 for one that the loss does not depend on."""
+        weights = list({id(piece.weight): piece.weight for piece in pieces}.values())
+        gradients = {id(weight): torch.zeros_like(weight) for weight in weights}
+        # Scores are small differences of losses: a float32 sum would lose their last digits.
+        total = 0.0
+        for weight in weights:
+            weight.requires_grad_(True)
+        try:
+            for _, images, labels in self.parts:
+                with torch.set_grad_enabled(bool(weights)):
+                    losses = F.cross_entropy(logits_of(self.model(images)), labels, reduction="none")
+                    loss = losses.sum()
+                total += losses.detach().cpu().double().sum().item()
+                if weights:
+                    shares = torch.autograd.grad(loss, weights, allow_unused=True)
+                    for gradient, share in zip(gradients.values(), shares, strict=True):
+                        if share is not None:
+                            gradient.add_(share, alpha=1 / self.count)
+        finally:
+            for weight in weights:
+                weight.requires_grad_(False)
+        total = self.processes.total(total, next(self.model.parameters()).device)
+        self.processes.sum_(list(gradients.values()))
+        self.forwards += 1
+        self.backwards += bool(weights)
+        if not math.isfinite(total):
+            raise ValueError("the robust loss is not finite; check the model's logits, or lower gamma.")
+        return total / self.count, [gradients[id(piece.weight)][piece.rows] for piece in pieces]
+
+
+def ascend(
+    pieces: list[Piece], gradient: list[Tensor], radius: float, steps: int, measure: RobustLoss, loss: float
+) -> float:
+    """Largest rise met by projected ascent; `gradient` and `loss` are those at the unperturbed weights."""
+    originals = [piece.view.clone() for piece in pieces]
+    moves = [torch.zeros_like(original) for original in originals]
+    best = 0.0
+    try:
+        for left in reversed(range(steps)):
+            length = norm(gradient)
+            if radius == 0 or length == 0:
+                break
+            for move, part in zip(moves, gradient, strict=True):
+                move.add_(part / length, alpha=radius)
+            shrink = radius / max(radius, norm(moves))
+            for piece, original, move in zip(pieces, originals, moves, strict=True):
+                piece.view.copy_(original + move.mul_(shrink))
+            # One forward gives this step's value and, except at the last, the next step's gradient.
+            value, gradient = measure(pieces if left else ())
+            best = max(best, value - loss)
+    finally:
+        for piece, original in zip(pieces, originals, strict=True):
+            piece.view.copy_(original)
+    return best
+
+
+def norm(tensors: Iterable[Tensor]) -> float:
+    """l2 norm of all tensors as one vector."""
+    return math.hypot(*(tensor.norm().item() for tensor in tensors))
