@@ -11,11 +11,12 @@ from typing import Any
 from .modeling import PrunedConfig, PrunedForImageClassification
 
 # Not on first use: loading the submodule later would put it in the place of the function of the same name.
-from .repair import recalibrate_batchnorm, repair
+from .repair import repair
 
 __version__ = "0.1.0"
 
 _LAZY = {
+    "batchnorm": ("recalibrate_batchnorm",),
     "attacks": ("AttackConfig", "pgd_attack"),
     "compression": ("compress",),
     "config": ("MRPFConfig",),
@@ -37,7 +38,7 @@ _LAZY = {
 }
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 
-__all__ = ["PrunedConfig", "PrunedForImageClassification", "recalibrate_batchnorm", "repair"]
+__all__ = ["PrunedConfig", "PrunedForImageClassification", "repair"]
 __all__ += _HOME
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .attacks import AttackConfig, eval_mode, logits_of
+from .batchnorm import recalibrate_batchnorm
 from .calibration import attacked_batches
 from .pruning import PruningPlan, plan_pruning, prune
-from .repair import RepairReport, recalibrate_batchnorm, repair
+from .repair import RepairReport, repair
 
 
 @dataclass(frozen=True)

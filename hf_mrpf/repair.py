@@ -1,4 +1,4 @@
-"""Without training: refit the layers that lost inputs in closed form, and measure BatchNorm statistics anew."""
+"""Without training: refit the layers that lost inputs in closed form."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -8,7 +8,6 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .attacks import AttackConfig, eval_mode
 from .calibration import attacked_batches
@@ -112,49 +111,6 @@ def repair(
         scale = graph.folded_scale(plan.kept, layer)
         errors[layer] = _refit(old, new, outputs, channels, moments.pop(layer), damping, scale)
     return RepairReport(errors, left)
-
-
-def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor | tuple[Tensor, Tensor]]) -> nn.Module:
-    """
-    Measure the running statistics of every BatchNorm anew, as plain means over batches.
-
-    Only BatchNorm modules run in train mode, so dropout and the like stay off; modes and momenta are given back. Which
-    images these are decides what the network normalises by: training images, clean, are the usual choice.
-
-    Args:
-        model (`nn.Module`):
-            Changed in place: running means and variances alone.
-        batches (`Iterable`):
-            Images `[N, 3, H, W]` in [0, 1], or pairs of images and labels; equal sizes make the mean exact.
-
-    Returns:
-        `nn.Module`: `model`.
-
-    Raises:
-        ValueError: If there is a BatchNorm with running statistics and `batches` is empty; nothing is changed then.
-    """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    if not norms:
-        return model
-    device = next(model.parameters()).device
-    momenta = [norm.momentum for norm in norms]
-    count = 0
-    with eval_mode(model), torch.no_grad():
-        try:
-            for batch in batches:
-                if count == 0:
-                    for norm in norms:
-                        norm.reset_running_stats()
-                        norm.momentum = None  # the running statistics become a cumulative mean
-                        norm.train()
-                model((batch if isinstance(batch, Tensor) else batch[0]).to(device))
-                count += 1
-        finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
-    if count == 0:
-        raise ValueError("batches are empty; BatchNorm statistics need at least one batch of training images.")
-    return model
 
 
 def _check_models(pruned: nn.Module, dense: nn.Module, removed: dict[tuple[str, str], list[int]]) -> None:

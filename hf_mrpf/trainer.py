@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import EvalPrediction, PreTrainedModel, ProgressCallback, Trai
 from transformers.trainer_utils import get_last_checkpoint
 
 from .attacks import eval_mode, keyed_start, logits_of, pgd_attack
+from .batchnorm import average_statistics, recalibrate_batchnorm
 from .config import MRPFConfig
 from .data import (
     as_pixel_dataset,
@@ -25,9 +27,10 @@ from .data import (
 from .efficiency import count_macs, count_parameters
 from .objectives import Objective, get_objective
 from .plan import PruningPlan, removed_fraction
+from .processes import Processes, check_same_model
 from .pruning import plan_pruning, prune
 from .publishing import PublishingTrainer
-from .repair import RepairReport, recalibrate_batchnorm, repair
+from .repair import RepairReport, repair
 from .sensitivity import check_finite_weights, module_robustness_sensitivity
 from .units import pruning_units
 
@@ -39,6 +42,14 @@ class SeedEachRank(TrainerCallback):
         # Not earlier: the order of the training data must be drawn from the seed that all ranks share.
         if args.world_size > 1:
             torch.manual_seed(args.seed + 1_000_003 * args.process_index)
+
+
+class AverageBatchNorm(TrainerCallback):
+    """Keeps the running statistics of BatchNorm the same on every process: each would attack another network else."""
+
+    # Not at the end of the step: other callbacks look at the model then.
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        average_statistics(kwargs["model"], Processes.of(args.world_size > 1))
 
 
 class MRPFTrainer(PublishingTrainer):
@@ -106,6 +117,7 @@ class MRPFTrainer(PublishingTrainer):
         self.loss_is_scaled_for_ga = False
         self.model_accepts_loss_kwargs = False
         self.add_callback(SeedEachRank())
+        self.add_callback(AverageBatchNorm())
 
     # ---- Data -------------------------------------------------------------------------------------------------------
 
@@ -186,7 +198,10 @@ class MRPFTrainer(PublishingTrainer):
         plan = _with_measured_size(plan, before, _size(model, plan))
         self._report("removed")
         if dense is not None:
-            self.repair_report = repair(model, dense, plan, calibration, args.attack, seed=args.seed)
+            distributed = args.world_size > 1
+            self.repair_report = repair(
+                model, dense, plan, calibration, args.attack, seed=args.seed, distributed=distributed
+            )
             self._report("repaired")
         if args.recalibration_samples:
             size = min(args.recalibration_samples, len(self.train_dataset))
@@ -199,6 +214,7 @@ class MRPFTrainer(PublishingTrainer):
             for tensor in model.state_dict().values():
                 tensor.copy_(broadcast(tensor))
         self._start_afresh(model)
+        self._check_same("after pruning")
         self.plans.append(plan)
         self._fire("on_prune_end", plan=plan)
         return plan
@@ -219,6 +235,8 @@ class MRPFTrainer(PublishingTrainer):
                 seed=args.seed,
                 groups=groups,
                 progress=not args.disable_tqdm,
+                distributed=args.world_size > 1,
+                journal=Path(str(args.output_dir)) / "sensitivity.jsonl",
             )
             self._fire("on_sensitivity_end", sensitivity=scores)
         return plan_pruning(
@@ -238,6 +256,7 @@ class MRPFTrainer(PublishingTrainer):
             ignore=tuple(args.ignore),
             heads=args.prune_heads,
             seed=args.seed,
+            distributed=args.world_size > 1,
         )
 
     def _fire(self, event: str, **payload: Any) -> Any:
@@ -332,6 +351,7 @@ class MRPFTrainer(PublishingTrainer):
         self._checked_checkpoint = None
         output = super().train(*args, **kwargs)
         self._check_weights()
+        self._check_same("after training")
         return output
 
     def _check_weights(self) -> None:
@@ -339,6 +359,9 @@ class MRPFTrainer(PublishingTrainer):
             check_finite_weights(self.accelerator.unwrap_model(self.model))
         except ValueError as error:
             self._stop(f"After step {self.state.global_step}, {error}")
+
+    def _check_same(self, when: str) -> None:
+        check_same_model(self.accelerator.unwrap_model(self.model), Processes.of(self.args.world_size > 1), when)
 
     def _save_checkpoint(self, model, trial):
         self._check_weights()

@@ -121,9 +121,9 @@ def main() -> None:
         control = control_stage(run, model.config, data, model_args, args)
         pruned, plan = pruned_stage(run, dense, data, args)
         finetuned = finetuned_stage(run, pruned, data, args)
+        models = {"dense": dense, "pruned": pruned, "fine-tuned": finetuned}
+        reports = test_reports(run, models | ({"control": control} if control else {}), data, args)
         if args.process_index == 0:
-            models = {"dense": dense, "pruned": pruned, "fine-tuned": finetuned}
-            reports = test_reports(models | ({"control": control} if control else {}), data, args)
             rows = result_rows(run, models, reports, args)
             write_result(run, finetuned, plan, reports, rows, data, run_args, args)
             run.finish()
@@ -211,13 +211,14 @@ def finetuned_stage(run: RunFolder, pruned, data: ImageData, args: MRPFConfig):
     return model
 
 
-def test_reports(models: dict, data: ImageData, args: MRPFConfig) -> dict[str, RobustnessReport]:
+def test_reports(run: RunFolder, models: dict, data: ImageData, args: MRPFConfig) -> dict[str, RobustnessReport]:
     """The only place that reads the test split, after every choice has been made."""
     start = time.perf_counter()
     reports = {
         name: evaluate_robustness(
             model, data.test, ATTACKS, args.attack, seed=args.seed, batch_size=args.per_device_eval_batch_size,
-            data_name=data.name, progress=not args.disable_tqdm,
+            data_name=data.name, progress=not args.disable_tqdm, distributed=args.world_size > 1,
+            journal=run.stage("evaluation") / f"{name}.jsonl",
         )
         for name, model in models.items()
     }  # fmt: skip

@@ -20,6 +20,7 @@ FLOORS = {
     "processes": 0.1,
     "journal": 0.2,
     "calibration": 0.2,
+    "batchnorm": 0.2,
     "weight_ascent": 1,
     "pixels": 0,
     "layers": 0.1,

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from pruning_reference import ConcatFlatten, mobilenet, narrow_resnet
 from torch import nn
 
+from hf_mrpf import recalibrate_batchnorm, repair
 from hf_mrpf.attacks import AttackConfig, logits_of
 from hf_mrpf.compression import compress
 from hf_mrpf.pruning import plan_pruning, prune
-from hf_mrpf.repair import recalibrate_batchnorm, repair
 
 ATTACK = AttackConfig(eps=0.1, num_steps=2)
 

@@ -1,0 +1,79 @@
+"""Running statistics of BatchNorm: measured anew without training, and made one on several processes."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .attacks import eval_mode
+from .processes import Processes
+
+
+def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor | tuple[Tensor, Tensor]]) -> nn.Module:
+    """
+    Measure the running statistics of every BatchNorm anew, as plain means over batches.
+
+    Only BatchNorm modules run in train mode, so dropout and the like stay off; modes and momenta are given back. Which
+    images these are decides what the network normalises by: training images, clean, are the usual choice.
+
+    Args:
+        model (`nn.Module`):
+            Changed in place: running means and variances alone.
+        batches (`Iterable`):
+            Images `[N, 3, H, W]` in [0, 1], or pairs of images and labels; equal sizes make the mean exact.
+
+    Returns:
+        `nn.Module`: `model`.
+
+    Raises:
+        ValueError: If there is a BatchNorm with running statistics and `batches` is empty; nothing is changed then.
+    """
+    norms = _with_statistics(model)
+    if not norms:
+        return model
+    device = next(model.parameters()).device
+    momenta = [norm.momentum for norm in norms]
+    count = 0
+    with eval_mode(model), torch.no_grad():
+        try:
+            for batch in batches:
+                if count == 0:
+                    for norm in norms:
+                        norm.reset_running_stats()
+                        norm.momentum = None  # the running statistics become a cumulative mean
+                        norm.train()
+                model((batch if isinstance(batch, Tensor) else batch[0]).to(device))
+                count += 1
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+    if count == 0:
+        raise ValueError("batches are empty; BatchNorm statistics need at least one batch of training images.")
+    return model
+
+
+def average_statistics(model: nn.Module, processes: Processes) -> None:
+    """
+    Replace the running means and variances of every BatchNorm by their means over the processes, in place.
+
+    Each process normalises its own part of a batch in training, so the statistics drift apart; attacks, evaluation and
+    saved files use them, and must not depend on the process.
+
+    Args:
+        model (`nn.Module`): the same on every process but for these statistics.
+        processes ([`Processes`]): who takes part; nothing happens with one process.
+    """
+    norms = _with_statistics(model)
+    if processes.count == 1 or not norms:
+        return
+    buffers = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var) if buffer is not None]
+    together = torch.cat(buffers)  # one message in place of one for each buffer
+    processes.sum_([together])
+    together /= processes.count
+    for buffer, mean in zip(buffers, together.split([len(buffer) for buffer in buffers]), strict=True):
+        buffer.copy_(mean)
+
+
+def _with_statistics(model: nn.Module) -> list[_BatchNorm]:
+    return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]

@@ -1,0 +1,67 @@
+"""Runs a function on several CPU processes that share a gloo group, without another import of anything."""
+
+import multiprocessing
+import os
+import pickle
+import socket
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def on_processes(count: int, function: Callable[..., Any], *arguments: Any, timeout: float = 240) -> list[Any]:
+    """What `function(*arguments)` returns on each of `count` forked processes, by rank; an error of one is raised."""
+    context = multiprocessing.get_context("fork")
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        files = [Path(folder) / str(rank) for rank in range(count)]
+        processes = [
+            context.Process(target=_run, args=(rank, count, port, file, function, arguments))
+            for rank, file in enumerate(files)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(timeout)
+        late = [process for process in processes if process.is_alive()]
+        for process in late:
+            process.kill()
+        outcomes = [pickle.loads(file.read_bytes()) if file.exists() else ("no result", None) for file in files]
+    errors = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(outcomes) if error]
+    if late or errors:
+        raise RuntimeError("\n".join([f"{len(late)} processes did not end", *errors]))
+    return [value for _, value in outcomes]
+
+
+def _run(rank: int, count: int, port: int, file: Path, function: Callable[..., Any], arguments: tuple) -> None:
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    # The state of the parent, a single process, came along with the fork.
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    PartialState._reset_state()
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+    }
+    torch.set_num_threads(1)
+    try:
+        PartialState(cpu=True)
+        outcome = ("", function(*arguments))
+    except BaseException:
+        outcome = (traceback.format_exc(), None)
+    file.write_bytes(pickle.dumps(outcome))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    os._exit(0)

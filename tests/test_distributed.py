@@ -1,0 +1,308 @@
+"""Two processes compute what one does: each a share of the images, the same model on both after every stage."""
+
+import copy
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from process_group import on_processes
+from torch import nn
+from transformers import TrainerCallback
+
+from hf_mrpf import (
+    AttackConfig,
+    MRPFConfig,
+    MRPFTrainer,
+    PrunedForImageClassification,
+    evaluate_robustness,
+    load_image_data,
+    module_robustness_sensitivity,
+    plan_pruning,
+    prune,
+    repair,
+)
+from hf_mrpf.data import batches
+from hf_mrpf.fingerprint import weights_sha256
+from hf_mrpf.objectives import trades
+from hf_mrpf.processes import Processes, check_same_model
+
+NARROW = {"layers": (1, 1, 1, 1), "channels": (8, 12, 16, 16), "stem_type": "deep", "stem_width": 4}
+ATTACK = AttackConfig(eps=0.1, num_steps=2)
+QUICK = {
+    "eps": 0.1,
+    "num_steps": 2,
+    "eval_num_steps": 2,
+    "calibration_sets": 2,
+    "calibration_set_size": 21,
+    "sensitivity_steps": 1,
+    "recalibration_samples": 64,
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "save_strategy": "no",
+}
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_image_data(max_train_samples=96, max_eval_samples=41)
+
+
+@pytest.fixture(scope="module")
+def net():
+    """Trained for one pass over 96 images, so that losses and gradients are no longer those of chance."""
+    torch.manual_seed(1)
+    model = PrunedForImageClassification.from_backbone(
+        "timm/resnet18", num_labels=10, image_size=16, small_images=True, **NARROW
+    )
+    train = load_image_data(max_train_samples=96).train
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(4):
+        for images, labels in batches(train, 32):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images).logits, labels).backward()
+            optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def sets(data):
+    """Sets that two processes cannot halve, one of them too small for both to get an image."""
+    images, labels = next(batches(data.train, 44))
+    return [(images[:21], labels[:21]), (images[21:43], labels[21:43]), (images[43:], labels[43:])]
+
+
+def measured(net, sets, distributed):
+    """Everything that is computed on shares of calibration images."""
+    example = torch.zeros(1, 3, 16, 16)
+    scores = {
+        method: module_robustness_sensitivity(net, sets, ATTACK, method=method, distributed=distributed)
+        for method in ("ascent", "first_order")
+    }
+    plans = {
+        importance: plan_pruning(
+            net, example, scores=scores["ascent"], importance=importance, batches=sets, attack=ATTACK,
+            distributed=distributed,
+        )
+        for importance in ("taylor", "hessian")
+    }  # fmt: skip
+    pruned = prune(copy.deepcopy(net), plans["taylor"])
+    repaired = repair(pruned, net, plans["taylor"], sets, ATTACK, distributed=distributed)
+    return scores, {name: plan.kept for name, plan in plans.items()}, repaired.errors, pruned.state_dict()
+
+
+def test_sensitivity_importance_and_repair_on_shares_equal_those_of_one_process(net, sets):
+    scores, kept, errors, weights = measured(net, sets, False)
+    both = on_processes(2, measured, net, sets, True)
+    for other_scores, other_kept, other_errors, other_weights in both:
+        for method, values in scores.items():
+            assert dict(other_scores[method]) == pytest.approx(dict(values), abs=1e-5)
+            assert other_scores[method].settings["forwards"] == values.settings["forwards"]
+        assert other_kept == kept
+        assert {name: pair[1] for name, pair in other_errors.items()} == pytest.approx(
+            {name: pair[1] for name, pair in errors.items()}, abs=1e-6
+        )
+        for name, tensor in weights.items():
+            torch.testing.assert_close(other_weights[name], tensor, rtol=1e-3, atol=1e-4)
+    assert dict(both[0][0]["ascent"]) == dict(both[1][0]["ascent"])
+    assert all(torch.equal(tensor, both[1][3][name]) for name, tensor in both[0][3].items())
+    assert max(scores["ascent"].values()) > 0.01  # something was measured
+
+
+class Counting(nn.Module):
+    """Counts the images that pass."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.seen = net, 0
+
+    def forward(self, images):
+        self.seen += len(images)
+        return self.net(images)
+
+
+def evaluated(net, data, distributed, journal=None):
+    counting = Counting(net)
+    report = evaluate_robustness(
+        counting,
+        data,
+        ("clean", "fgsm", "pgd20"),
+        AttackConfig(eps=0.03),
+        batch_size=8,
+        distributed=distributed,
+        journal=journal,
+    )
+    return report, counting.seen
+
+
+def test_robust_evaluation_on_shares_gives_every_image_the_same_verdict_once(net, data, tmp_path):
+    whole, images = evaluated(net, data.test, False)
+    (first, seen), (second, seen_too) = on_processes(2, evaluated, net, data.test, True, tmp_path / "verdicts.jsonl")
+    assert whole.num_samples == first.num_samples == len(data.test) == 41
+    assert first.verdicts == second.verdicts == whole.verdicts
+    assert first == second
+    assert (first.images, first.intervals, first.zero_gradient_share) == (
+        whole.images,
+        whole.intervals,
+        whole.zero_gradient_share,
+    )
+    assert 0 < first.attacks["pgd20"] < first.clean_accuracy
+    assert seen + seen_too == images
+    assert min(seen, seen_too) > images / 3
+    # What two processes wrote down, one goes on from, without a single forward pass.
+    again, forwards = evaluated(net, data.test, False, tmp_path / "verdicts.jsonl")
+    assert again == whole
+    assert forwards == 0
+
+
+def differing(net):
+    """The check's message where rank 1 has one weight that differs in its last bit."""
+    model = copy.deepcopy(net)
+    group = Processes.of(True)
+    check_same_model(model, group, "at first")
+    if group.rank == 1:
+        weight = next(model.parameters())
+        with torch.no_grad():
+            weight.view(-1)[0] = torch.nextafter(weight.view(-1)[0], torch.tensor(9.0))
+    with pytest.raises(ValueError) as error:
+        check_same_model(model, group, "after training")
+    return str(error.value)
+
+
+def test_models_that_differ_between_processes_are_noticed_on_every_one(net):
+    messages = on_processes(2, differing, net)
+    assert messages[0] == messages[1]
+    assert messages[0].startswith("after training processes 1 hold other weights than process 0")
+    with pytest.raises(ValueError, match="distributed=True needs a running process group"):
+        Processes.of(True)
+
+
+def test_shares_cover_every_item_once():
+    for count in range(8):
+        for world in range(1, 5):
+            parts = [list(range(count))[Processes(rank, world).share(count)] for rank in range(world)]
+            assert list(chain(*parts)) == list(range(count))
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+class Watch(TrainerCallback):
+    """What each process sees: its random stream at every step, the weights after it, statistics when saving."""
+
+    def __init__(self):
+        self.streams, self.models, self.saved = [], [], []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.streams.append(torch.get_rng_state().sum().item())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.models.append(weights_sha256(kwargs["model"]))
+
+    def on_save(self, args, state, control, **kwargs):
+        self.saved.append(weights_sha256(kwargs["model"]))
+
+
+def whole_story(folder, net, data):
+    """Evaluation, pruning, training with saves, evaluation, by the trainer; what one process saw."""
+    seen = {"wrapped": set(), "noise": []}
+
+    def watched(model, images, labels, attack, **kwargs):
+        seen["wrapped"].add(type(model).__name__)
+        output = trades(model, images, labels, attack, **kwargs)
+        seen["noise"].append((output.adversarial_images - images).abs().sum().item())
+        return output
+
+    args = MRPFConfig(
+        output_dir=str(folder),
+        objective=watched,
+        per_device_train_batch_size=8,
+        max_steps=3,
+        **QUICK | {"save_strategy": "steps", "save_steps": 2},
+    )
+    watch = Watch()
+    trainer = MRPFTrainer(copy.deepcopy(net), args, data.train, data.validation, callbacks=[watch])
+    seen["metrics"] = trainer.evaluate()
+    plan = trainer.prune()
+    seen["plan"], seen["steps"] = plan.to_dict(), trainer.pruning_report
+    seen["pruned"] = weights_sha256(trainer.model)
+    trainer.train()
+    seen["trained"] = weights_sha256(trainer.model)
+    return seen | {"streams": watch.streams, "models": watch.models, "saved": watch.saved}
+
+
+def test_the_trainer_keeps_two_processes_at_one_model_through_every_stage(tmp_path, net, data):
+    first, second = on_processes(2, whole_story, tmp_path / "two", net, data)
+    for key in ("plan", "steps", "pruned", "models", "trained", "saved"):
+        assert first[key] == second[key], key
+    assert len(set(first["models"])) == 3
+    # An evaluation came first, and the training still runs through DDP.
+    assert first["wrapped"] == second["wrapped"] == {"DistributedDataParallel"}
+    assert all(a != b for a, b in zip(first["streams"], second["streams"], strict=True))
+    assert all(a != b for a, b in zip(first["noise"], second["noise"], strict=True))
+    (saved,) = (tmp_path / "two").glob("checkpoint-2")
+    loaded = PrunedForImageClassification.from_pretrained(saved)
+    assert weights_sha256(loaded) == first["models"][1] == first["saved"][0]
+    # 41 validation images do not halve: padded ones are not counted.
+    args = MRPFConfig(output_dir=str(tmp_path / "one"), **QUICK)
+    alone = MRPFTrainer(copy.deepcopy(net), args, data.train, data.validation)
+    metrics = alone.evaluate()
+    for name in ("eval_accuracy", "eval_robust_accuracy"):
+        assert first["metrics"][name] == second["metrics"][name] == metrics[name]
+    plan = alone.prune()
+    assert plan.kept == first["plan"]["kept"]
+    assert plan.scores == pytest.approx(first["plan"]["scores"], abs=1e-5)
+
+
+def plain_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 10))
+
+
+def steps_of(folder, data, batch_size):
+    """Weights after two steps of PGD training without any randomness but the order of the data."""
+    args = MRPFConfig(
+        output_dir=str(folder),
+        objective="pgd",
+        random_start=False,
+        crop_padding=0,
+        horizontal_flip=False,
+        max_steps=2,
+        per_device_train_batch_size=batch_size,
+        **QUICK,
+    )
+    trainer = MRPFTrainer(plain_net(), args, data.train)
+    trainer.train()
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+
+
+def test_two_processes_at_a_batch_take_the_steps_of_one_at_twice_the_batch(tmp_path, data):
+    alone = steps_of(tmp_path, data, 16)
+    first, second = on_processes(2, steps_of, tmp_path, data, 8)
+    start = torch.cat([parameter.detach().flatten() for parameter in plain_net().parameters()])
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, alone, rtol=0, atol=1e-6)
+    assert (alone - start).abs().max() > 1e-3
+
+
+def test_a_journal_goes_on_where_a_measurement_was_cut_short(net, sets, tmp_path, monkeypatch):
+    whole = module_robustness_sensitivity(net, sets, ATTACK)
+    counting = Counting(net)
+    module_robustness_sensitivity(counting, sets, ATTACK, journal=tmp_path / "mrs.jsonl")
+    everything, lines = counting.seen, (tmp_path / "mrs.jsonl").read_bytes().splitlines(keepends=True)
+    cut = int(len(lines) * 0.6)
+    (tmp_path / "mrs.jsonl").write_bytes(b"".join(lines[:cut]) + lines[cut][:7])
+    counting = Counting(net)
+    again = module_robustness_sensitivity(counting, sets, ATTACK, journal=tmp_path / "mrs.jsonl")
+    strip = lambda scores: {name.removeprefix("net."): value for name, value in scores.items()}  # noqa: E731
+    assert strip(again.scores) == dict(whole)
+    assert again.settings["forwards"] == whole.settings["forwards"]
+    assert again.settings["robust_losses"] == whole.settings["robust_losses"]
+    assert counting.seen < 0.6 * everything
+    assert (tmp_path / "mrs.jsonl").read_bytes() == b"".join(lines)
+    # Other weights are another measurement.
+    other = Counting(copy.deepcopy(net))
+    with torch.no_grad():
+        next(other.parameters()).mul_(1.01)
+    fresh = module_robustness_sensitivity(other, sets, ATTACK, journal=tmp_path / "mrs.jsonl")
+    assert other.seen == everything
+    assert not np.allclose(list(fresh.values()), list(whole.values()), atol=1e-7)
