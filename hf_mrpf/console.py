@@ -4,7 +4,10 @@ import sys
 from collections.abc import Callable
 
 import torch
+from safetensors import SafetensorError
 from transformers import ProgressCallback, TrainingArguments
+
+from .faults import explain
 
 SHOWN_IN_BAR = {"loss": "loss", "eval_accuracy": "clean", "eval_robust_accuracy": "robust"}
 
@@ -47,8 +50,11 @@ def report_errors(main: Callable[[], None]) -> None:
     """Runs `main`; what a user can put right is printed as one message, and the exit status is 2."""
     try:
         main()
-    except (ValueError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    except (ValueError, ImportError, OSError, MemoryError, RuntimeError, SafetensorError) as error:
+        message = explain(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -25,6 +25,7 @@ from .data import (
     with_index,
 )
 from .efficiency import count_macs, count_parameters
+from .faults import is_out_of_memory, out_of_memory
 from .objectives import Objective, get_objective
 from .plan import PruningPlan, removed_fraction
 from .processes import Processes, check_same_model
@@ -347,9 +348,14 @@ class MRPFTrainer(PublishingTrainer):
         )
 
     def train(self, *args, **kwargs):
-        """As in `Trainer`; stops with a ValueError where the loss or the weights are no longer finite."""
+        """As in `Trainer`; a ValueError where loss or weights are no longer finite, a MemoryError where memory ends."""
         self._checked_checkpoint = None
-        output = super().train(*args, **kwargs)
+        try:
+            output = super().train(*args, **kwargs)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise MemoryError(out_of_memory(self._train_batch_size)) from error
         self._check_weights()
         self._check_same("after training")
         return output

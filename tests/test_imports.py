@@ -17,6 +17,7 @@ FLOORS = {
     "run_folder": 0,
     "report": 0,
     "fingerprint": 0,
+    "faults": 0,
     "processes": 0.1,
     "journal": 0.2,
     "calibration": 0.2,

@@ -6,7 +6,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -110,15 +109,12 @@ def test_the_result_loads_as_it_was_saved(finished):
 def test_a_second_call_prints_the_table_at_once(finished):
     folder, first = finished
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-    start = time.monotonic()
     again = launch("--output_dir", str(folder), *TINY)
-    seconds = time.monotonic() - start
     assert again.returncode == 0, again.stderr[-3000:]
     table = [line for line in first.stdout.splitlines() if line.startswith("fine-tuned ")]
     assert table[0] in again.stdout
     assert "is finished with these settings" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
-    assert seconds < 60  # imports alone, on a busy machine
 
 
 def test_other_settings_in_the_same_folder_are_refused_by_name(finished):
