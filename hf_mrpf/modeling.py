@@ -51,6 +51,8 @@ _MOST_MODULES, _LARGEST_INTEGER, _LARGEST_IMAGE, _MOST_LABELS = 10_000, 2**18, 8
 _RECIPE_FIELDS: dict[str, dict[str, type]] = {"timm": {"name": str, "kwargs": dict}, "transformers": {"config": dict}}
 # Wrappers of other libraries' checkpoints: their configs name files and repositories.
 _REFUSED_MODEL_TYPES = ("mrpf", "timm_wrapper")
+# Of what config.json holds; higher ones are not read.
+FORMAT = 1
 # What constructors of networks and configs raise for arguments that do not fit.
 _BUILD_ERRORS = (
     AssertionError, AttributeError, LookupError, ArithmeticError, RuntimeError, TypeError, ValueError,
@@ -76,6 +78,8 @@ class PrunedConfig(PreTrainedConfig):
             Whether the backbone has the form for images of CIFAR's size (see [`SMALL_IMAGE_FORMS`]).
         pruning (`dict`, *optional*):
             What [`describe_pruning`] says of the model, `None` for a dense one. Saving a model refreshes it.
+        mrpf_format (`int`, *optional*, defaults to 1):
+            Version of these keys; a higher one than this library knows is refused.
 
     Raises:
         ValueError: for a value of another kind, naming the key.
@@ -91,8 +95,15 @@ class PrunedConfig(PreTrainedConfig):
         image_std: Iterable[float] = (1.0, 1.0, 1.0),
         small_images: bool = False,
         pruning: dict[str, Any] | None = None,
+        mrpf_format: int = FORMAT,
         **kwargs: Any,
     ) -> None:
+        if isinstance(mrpf_format, bool) or not isinstance(mrpf_format, int) or not 1 <= mrpf_format <= FORMAT:
+            raise ValueError(
+                f"mrpf_format is {reprlib.repr(mrpf_format)}, and formats up to {FORMAT} are known: a newer hf_mrpf "
+                "saved this. Update hf_mrpf, or load with trust_remote_code=True, which reads it by the file beside it"
+            )
+        self.mrpf_format = mrpf_format
         self.backbone = _checked_recipe(
             {"source": "timm", "name": "resnet18", "kwargs": {}} if backbone is None else backbone
         )

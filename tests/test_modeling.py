@@ -738,3 +738,13 @@ def test_loading_is_strict_even_on_request(saved):
         from_pretrained(saved[1], num_labels=3, ignore_mismatched_sizes=True)
     with pytest.raises(ValueError, match=r"config\.json says \(3,\)"):
         from_pretrained(saved[1], num_labels=3)
+
+
+@pytest.mark.parametrize("number", [2, 0, True, "1"])
+def test_a_checkpoint_of_a_newer_version_is_refused_with_what_to_do(tmp_path, number):
+    PrunedConfig().save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert content["mrpf_format"] == 1
+    (tmp_path / "config.json").write_text(json.dumps(content | {"mrpf_format": number}))
+    with pytest.raises(ValueError, match=r"config.json: mrpf_format is .*Update hf_mrpf, or load with trust"):
+        PrunedConfig.from_pretrained(tmp_path)
