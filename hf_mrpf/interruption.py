@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in a recipe: training stops between two steps with a checkpoint, and the message says how to go on."""
+"""Ctrl-C and SIGTERM in a recipe: training stops between two steps, saved, and the message says how to go on."""
 
 import os
 import shlex

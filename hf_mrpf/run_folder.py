@@ -168,8 +168,11 @@ class RunFolder:
             raise
 
     def _check(self) -> None:
-        if self.path.exists() and not self.path.is_dir():
+        # os.path: the methods of Path raise where a folder above may not be entered.
+        if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise ValueError(f"--output_dir {self.path} is a file; give a folder.")
+        there = next(folder for folder in (self.path, *self.path.absolute().parents) if os.path.exists(folder))
+        self._check_access(there, os.R_OK | os.X_OK)
         if not self._lock.is_locked and (self.path / LOCK_FILE).exists() and os.access(self.path / LOCK_FILE, os.W_OK):
             self._acquire()  # only to see that nobody else holds it
             self._lock.release()
@@ -184,8 +187,12 @@ class RunFolder:
                 f"{self.path} holds {', '.join(taken)} but no {STATE_FILE}, so it is no run that can be gone on with. "
                 "Give another --output_dir, or --overwrite_output_dir to replace those files."
             )
-        if not state.get("finished"):  # there is nothing left to write in a finished one
-            self._check_writable()
+        if state.get("finished"):  # there is nothing left to write
+            return
+        stages = list((self.path / STAGES).glob("*"))
+        for place in (there, self.path / STAGES, *stages, self.path / STATE_FILE, self.path / LOCK_FILE):
+            if place.exists():
+                self._check_access(place, os.W_OK | os.X_OK if place.is_dir() else os.W_OK)
 
     def _check_format(self, state: Mapping[str, Any]) -> None:
         found = state.get("format", FORMAT)
@@ -196,17 +203,12 @@ class RunFolder:
                 "--output_dir, or --overwrite_output_dir to start again."
             )
 
-    def _check_writable(self) -> None:
-        there = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
-        stages = self.path / STAGES
-        own = [stages, *stages.iterdir()] if os.access(stages, os.R_OK | os.X_OK) else []
-        for place in (there, *own, self.path / STATE_FILE, self.path / LOCK_FILE):
-            needed = os.W_OK | os.X_OK if place.is_dir() else os.W_OK
-            if os.path.lexists(place) and not os.access(place, needed):
-                raise ValueError(
-                    f"--output_dir {self.path} cannot be written to: no permission for {place}, or a read-only disk. "
-                    "Give another --output_dir, or the permission to write there."
-                )
+    def _check_access(self, place: Path, mode: int) -> None:
+        if not os.access(place, mode):
+            raise ValueError(
+                f"--output_dir {self.path} cannot be written to: no permission for {place}, or a read-only disk. "
+                "Give another --output_dir, or the permission to write there."
+            )
 
     def _acquire(self) -> None:
         try:
