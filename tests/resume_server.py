@@ -20,13 +20,10 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
-torch.set_num_threads(1)
-
 import matplotlib.pyplot  # noqa: F401
 import safetensors.torch
 import timm  # noqa: F401
+import torch
 import torch_pruning  # noqa: F401
 import transformers.modeling_utils
 
@@ -206,6 +203,7 @@ def serve(request: dict) -> list[int]:
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # nothing else may come between the answers
+    torch.set_num_threads(1)  # threads that had run would not be there in a forked process
     cheapen()
     runpy.run_path(str(RECIPE), run_name="recipe")
     hf_mrpf.cli.load_data(hf_mrpf.cli.DataArguments(**SUBSET), None, 42)
