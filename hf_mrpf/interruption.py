@@ -102,12 +102,14 @@ def resumable(main: Callable[[], None]) -> Callable[[], None]:
     """
     `main` of a recipe that goes on where it was, ended well by Ctrl-C and SIGTERM.
 
-    The exit status is then 130 or 143, and one message says how to go on. Signals are as before outside of it.
+    The exit status is then 130 or 143, and one message says how to go on. Signals are as before outside of it, and one
+    that is ignored, as a shell has its background processes ignore Ctrl-C, stays so.
     """
 
     @wraps(main)
     def run() -> None:
-        before = {signum: signal.signal(signum, _request.handle) for signum in _SIGNALS}
+        heeded = [signum for signum in _SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]
+        before = {signum: signal.signal(signum, _request.handle) for signum in heeded}
         try:
             main()
         except Interrupted as stop:

@@ -154,6 +154,7 @@ def run(request: dict, rank: int, port: int) -> None:
     os.dup2(output, 2)
     os.setpgid(0, 0)
     signal.alarm(request["timeout"])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started all in the background
     os.environ["ACCELERATE_USE_CPU"] = "true"
     if request["world_size"] > 1:
         places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": request["world_size"], "MASTER_PORT": port}
