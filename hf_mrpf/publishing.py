@@ -72,6 +72,9 @@ class PublishingTrainer(Trainer):
             from safetensors.torch import save_model
 
             save_model(model, str(folder / "model.safetensors"))
+        self._save_settings(folder)
+
+    def _save_settings(self, folder: Path) -> None:
         (folder / "training_args.json").write_text(json.dumps(self.args.to_dict(), indent=2, default=str) + "\n")
 
     # ---- Hub --------------------------------------------------------------------------------------------------------

@@ -1,14 +1,21 @@
 """The output folder of a run: one writer at a time, one set of settings, stages that are finished or not."""
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from . import __version__
+
+# What a folder looks like inside; raised where an older version could not go on with it.
+FORMAT = 1
+# Seconds for which the workers of a killed run may still hold its lock: they see only then that it is gone.
+LEFT_BEHIND = 15.0
 STATE_FILE = "run.json"
 LOCK_FILE = "run.lock"
 STAGES = "stages"
@@ -29,7 +36,11 @@ RESULT_FILES = (
 def write_json(path: Path, content: Any) -> None:
     """Writes `content` so that a reader sees the old file or the new one, never half of one."""
     draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # else a loss of power can leave an empty file under the name
     os.replace(draft, path)
 
 
@@ -42,6 +53,36 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object.")
     return content
+
+
+def file_sums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in `folder`, by its name."""
+    return {file.name: _sha256(file) for file in sorted(folder.iterdir()) if file.is_file()}
+
+
+def check_sums(folder: Path, sums: Mapping[str, str]) -> None:
+    """
+    Refuses a folder whose files are not those that were written.
+
+    Raises:
+        ValueError: with the first file that is missing or changed.
+    """
+    for name, expected in sums.items():
+        file = folder / name
+        if not file.is_file():
+            raise ValueError(f"{file} is missing.")
+        if _sha256(file) != expected:
+            raise ValueError(f"{file} is not as it was written ({file.stat().st_size:,} bytes): edited, or cut short.")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _alone(value: Any) -> Any:
+    """What a run of one process shares with the others: nothing."""
+    return value
 
 
 class RunFolder:
@@ -57,30 +98,34 @@ class RunFolder:
             Starts again: removes what a run of this library has written there, and nothing else.
         is_main (`bool`, *optional*, defaults to `True`):
             Whether this process writes. The others hold no lock and write nothing.
+        share (`Callable`, *optional*):
+            Gives every process of a run the value that the main process calls it with. All of them enter, `check()` and
+            ask for `finished` together: the main process alone reads the folder then, and its answer holds for all.
 
     Raises:
-        ValueError: on entering, where another process writes to the folder, or it holds other settings (each is named).
+        ValueError: on entering, where another process writes to the folder, it cannot be written to, a newer version of
+            this library wrote it, or it holds other settings (each is named).
     """
 
-    def __init__(self, path: Path | str, settings: Mapping[str, Any], *, overwrite: bool = False, is_main: bool = True):
+    def __init__(
+        self,
+        path: Path | str,
+        settings: Mapping[str, Any],
+        *,
+        overwrite: bool = False,
+        is_main: bool = True,
+        share: Callable[[Any], Any] = _alone,
+    ):
         self.path = Path(path)
         self.settings = json.loads(json.dumps(settings))
         self.overwrite = overwrite
         self.is_main = is_main
+        self._share = share
         # The lock is the operating system's: it ends with its process, however that ends.
         self._lock = FileLock(str(self.path / LOCK_FILE), timeout=0)
 
     def __enter__(self) -> "RunFolder":
-        self.check()
-        if self.is_main:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._acquire()
-            (self.path / LOCK_FILE).write_text(f"{os.getpid()}\n")
-            try:
-                self._open()
-            except BaseException:
-                self._lock.release()
-                raise
+        self._together(self._enter)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -89,19 +134,80 @@ class RunFolder:
 
     def check(self) -> None:
         """Refuses, before anything is loaded or written, a folder that this run could not go on in."""
-        if self.path.exists() and not self.path.is_dir():
+        self._together(self._check)
+
+    def _together(self, step: Callable[[], None]) -> None:
+        """Takes a step on the main process; where it is refused there, every process gets the refusal."""
+        error: ValueError | OSError | None = None
+        if self.is_main:
+            try:
+                step()
+            except (ValueError, OSError) as refusal:
+                error = refusal
+        told = self._share(error and str(error))
+        if error is not None:
+            raise error
+        if told is not None:
+            raise ValueError(told)
+
+    def _enter(self) -> None:
+        self._check()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._acquire()
+        try:
+            (self.path / LOCK_FILE).write_text(f"{os.getpid()}\n")
+            # Again under the lock: another run may have written between the check and the lock.
+            self._check()
+            if self.overwrite:
+                self._clear()
+            if not self._state():
+                state = {"format": FORMAT, "version": __version__, "settings": self.settings, "finished": False}
+                write_json(self.path / STATE_FILE, state)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _check(self) -> None:
+        # os.path: the methods of Path raise where a folder above may not be entered.
+        if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise ValueError(f"--output_dir {self.path} is a file; give a folder.")
-        if self.is_main and not self._lock.is_locked and (self.path / LOCK_FILE).exists():
+        there = next(folder for folder in (self.path, *self.path.absolute().parents) if os.path.exists(folder))
+        self._check_access(there, os.R_OK | os.X_OK)
+        if not self._lock.is_locked and (self.path / LOCK_FILE).exists() and os.access(self.path / LOCK_FILE, os.W_OK):
             self._acquire()  # only to see that nobody else holds it
             self._lock.release()
-        if self.overwrite:
-            return
-        if state := self._state():
+        state = {} if self.overwrite else self._state()
+        if state:
+            self._check_format(state)
             self._compare(state.get("settings", {}))
-        elif taken := [name for name in RESULT_FILES if (self.path / name).exists()]:
+        elif not self.overwrite and (
+            taken := [name for name in (*RESULT_FILES, STAGES) if (self.path / name).exists()]
+        ):
             raise ValueError(
                 f"{self.path} holds {', '.join(taken)} but no {STATE_FILE}, so it is no run that can be gone on with. "
                 "Give another --output_dir, or --overwrite_output_dir to replace those files."
+            )
+        if state.get("finished"):  # there is nothing left to write
+            return
+        stages = list((self.path / STAGES).glob("*"))
+        for place in (there, self.path / STAGES, *stages, self.path / STATE_FILE, self.path / LOCK_FILE):
+            if place.exists():
+                self._check_access(place, os.W_OK | os.X_OK if place.is_dir() else os.W_OK)
+
+    def _check_format(self, state: Mapping[str, Any]) -> None:
+        found = state.get("format", FORMAT)
+        if isinstance(found, bool) or not isinstance(found, int) or found > FORMAT:
+            raise ValueError(
+                f"{self.path / STATE_FILE} was written by hf_mrpf {state.get('version', 'of an unknown version')} in "
+                f"format {found}, and hf_mrpf {__version__} knows formats up to {FORMAT}. Update hf_mrpf, give another "
+                "--output_dir, or --overwrite_output_dir to start again."
+            )
+
+    def _check_access(self, place: Path, mode: int) -> None:
+        if not os.access(place, mode):
+            raise ValueError(
+                f"--output_dir {self.path} cannot be written to: no permission for {place}, or a read-only disk. "
+                "Give another --output_dir, or the permission to write there."
             )
 
     def _acquire(self) -> None:
@@ -109,18 +215,16 @@ class RunFolder:
             self._lock.acquire()
         except Timeout as error:
             pid = (self.path / LOCK_FILE).read_text().strip() or "unknown"
+            if pid.isdigit() and not _is_running(int(pid)):
+                try:
+                    self._lock.acquire(timeout=LEFT_BEHIND)
+                    return
+                except Timeout:
+                    pid += ", which has ended, but a process it started has not"
             raise ValueError(
                 f"{self.path} is being written by another run (pid {pid}, {self.path / LOCK_FILE}). "
                 "Wait for it, stop it, or give another --output_dir."
             ) from error
-
-    def _open(self) -> None:
-        # Checked again under the lock: another run may have written between the check and the lock.
-        self.check()
-        if self.overwrite:
-            self._clear()
-        if not self._state():
-            write_json(self.path / STATE_FILE, {"settings": self.settings, "finished": False})
 
     def _compare(self, there: Mapping[str, Any]) -> None:
         names = sorted(there.keys() | self.settings.keys())
@@ -136,10 +240,11 @@ class RunFolder:
             )
 
     def _clear(self) -> None:
-        for name in (STAGES, EXPORTS):
-            shutil.rmtree(self.path / name, ignore_errors=True)
-        for name in (*RESULT_FILES, STATE_FILE):
+        # First of all the state: a folder that is half cleared must not pass for a run, let alone a finished one.
+        for name in (STATE_FILE, *RESULT_FILES):
             (self.path / name).unlink(missing_ok=True)
+        for name in (EXPORTS, STAGES):
+            shutil.rmtree(self.path / name, ignore_errors=True)
 
     def _state(self) -> dict[str, Any]:
         file = self.path / STATE_FILE
@@ -150,8 +255,8 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the whole run has ended well."""
-        return self._state().get("finished", False)
+        """Whether the whole run has ended well; asked by all processes together."""
+        return self._share(self.is_main and self._state().get("finished", False))
 
     def finish(self) -> None:
         """Marks the run as ended well: the same command then has nothing left to do."""
@@ -164,17 +269,52 @@ class RunFolder:
 
     def stage_result(self, name: str) -> dict[str, Any] | None:
         """What `finish_stage` recorded, or None where the stage has not ended."""
+        record = self._stage_record(name)
+        return record and {key: value for key, value in record.items() if key != "files"}
+
+    def _stage_record(self, name: str) -> dict[str, Any] | None:
         file = self.stage(name) / "stage.json"
         return read_json(file) if file.is_file() else None
 
+    def check_stage(self, name: str) -> None:
+        """
+        Refuses the model of a finished stage that is not as it was written.
+
+        Raises:
+            ValueError: with the file, and what to do.
+        """
+        try:
+            check_sums(self.stage(name) / "model", (self._stage_record(name) or {}).get("files", {}))
+        except ValueError as error:
+            raise ValueError(
+                f"{error} Put the file back, or remove {self.stage(name)} and the stages made after it: "
+                "the same command then does them again."
+            ) from error
+
     def finish_stage(self, name: str, result: Mapping[str, Any]) -> None:
-        """Records that everything of the stage is written; to be called last."""
+        """Records that everything of the stage is written, with the SHA-256 of its model's files; to be called last."""
         if self.is_main:
+            model = self.stage(name) / "model"
             self.stage(name).mkdir(parents=True, exist_ok=True)
-            write_json(self.stage(name) / "stage.json", dict(result))
+            files = file_sums(model) if model.is_dir() else {}
+            write_json(self.stage(name) / "stage.json", dict(result) | {"files": files})
 
     def publish(self, draft: Path) -> None:
-        """Moves the finished result files from `draft`, a folder on the same disk, into the run's folder."""
+        """
+        Moves the finished result files from `draft`, a folder on the same disk, into the run's folder.
+
+        A kill between two of them is healed by the next call: the run is not finished before all of them are there.
+        """
         for file in sorted(draft.iterdir()):
             os.replace(file, self.path / file.name)
         draft.rmdir()
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True

@@ -1,7 +1,9 @@
 """`MRPFTrainer`: the Trainer that prunes by robustness sensitivity and fine-tunes adversarially."""
 
+import contextlib
 import copy
 import dataclasses
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,10 @@ from accelerate.utils import broadcast, broadcast_object_list
 from datasets import Dataset
 from torch import nn
 from transformers import EvalPrediction, PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from .attacks import eval_mode, keyed_start, logits_of, pgd_attack
 from .batchnorm import average_statistics, recalibrate_batchnorm
+from .checkpoints import best_beside, check_complete, discard, mark_complete, newest_complete, rotate
 from .config import MRPFConfig
 from .data import (
     as_pixel_dataset,
@@ -98,6 +100,7 @@ class MRPFTrainer(PublishingTrainer):
         self.objective: Objective = get_objective(args.objective)
         self.plans: list[PruningPlan] = []
         self._checked_checkpoint: str | None = None
+        self._resumed_from: Path | None = None
         self.pruning_report: dict[str, dict[str, Any]] = {}
         self.repair_report: RepairReport | None = None
         if isinstance(eval_dataset, dict):
@@ -150,7 +153,7 @@ class MRPFTrainer(PublishingTrainer):
 
     # ---- Pruning ----------------------------------------------------------------------------------------------------
 
-    def prune(self, plan: PruningPlan | None = None) -> PruningPlan:
+    def prune(self, plan: PruningPlan | None = None, scores: Mapping[str, float] | None = None) -> PruningPlan:
         """
         Measures sensitivities, plans, removes channels, repairs consumers and recalibrates BatchNorm, in place.
 
@@ -161,6 +164,9 @@ class MRPFTrainer(PublishingTrainer):
         Args:
             plan ([`PruningPlan`], *optional*):
                 A plan to apply as it is; without it one is made from the settings in `args`.
+            scores (`Mapping[str, float]`, *optional*):
+                Sensitivities measured before, such as a [`SensitivityResult`]; without them they are measured, and
+                `on_sensitivity_end` is fired.
 
         Returns:
             [`PruningPlan`]: the plan that was applied, the same on every rank.
@@ -185,7 +191,7 @@ class MRPFTrainer(PublishingTrainer):
         )
         calibration = [(images.to(args.device), labels.to(args.device)) for images, labels in calibration]
         if plan is None:
-            plan = self._plan(model, calibration)
+            plan = self._plan(model, calibration, scores)
         replaced = self._fire("on_plan_end", plan=plan)
         plan = plan if replaced is None else replaced
         if not isinstance(plan, PruningPlan):
@@ -220,9 +226,9 @@ class MRPFTrainer(PublishingTrainer):
         self._fire("on_prune_end", plan=plan)
         return plan
 
-    def _plan(self, model: nn.Module, calibration: list) -> PruningPlan:
-        args, example, scores = self.args, calibration[0][0][:1], None
-        if args.allocation == "mrs":
+    def _plan(self, model: nn.Module, calibration: list, scores: Mapping[str, float] | None) -> PruningPlan:
+        args, example = self.args, calibration[0][0][:1]
+        if scores is None and args.allocation == "mrs":
             joint = args.combine == "joint"
             units = pruning_units(model, example, heads=args.prune_heads) if joint else []
             groups = {unit.name: unit.members for unit in units} if joint else None
@@ -347,11 +353,22 @@ class MRPFTrainer(PublishingTrainer):
             f"{self._checked_checkpoint or 'none was saved yet'}. Lower the learning rate, or give it a warm-up."
         )
 
-    def train(self, *args, **kwargs):
-        """As in `Trainer`; a ValueError where loss or weights are no longer finite, a MemoryError where memory ends."""
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args, **kwargs):
+        """
+        As in `Trainer`; a ValueError where loss or weights are no longer finite, a MemoryError where memory ends.
+
+        Args:
+            resume_from_checkpoint (`str`, `Path` or `bool`, *optional*):
+                A checkpoint to go on from; `True` for the newest complete one in `output_dir`, torn ones being skipped.
+
+        Raises:
+            ValueError: also where the checkpoint is torn, or `True` was given and none is complete.
+        """
         self._checked_checkpoint = None
+        self._resumed_from = self._place(resume_from_checkpoint)
+        place = None if self._resumed_from is None else str(self._resumed_from)
         try:
-            output = super().train(*args, **kwargs)
+            output = super().train(place, *args, **kwargs)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -359,6 +376,36 @@ class MRPFTrainer(PublishingTrainer):
         self._check_weights()
         self._check_same("after training")
         return output
+
+    def _place(self, wanted: str | Path | bool | None) -> Path | None:
+        # The main process looks: the others could see the folder in another state, and go on from another step.
+        found, error = None, None
+        if wanted and self.is_world_process_zero():
+            try:
+                found = newest_complete(str(self.args.output_dir)) if wanted is True else check_complete(str(wanted))
+                if found is None:
+                    error = f"resume_from_checkpoint=True, but {self.args.output_dir} holds no complete checkpoint."
+            except ValueError as refusal:
+                error = str(refusal)
+        found, error = Processes.of(self.args.world_size > 1).from_main((found, error))
+        if error:
+            raise ValueError(error)
+        return found
+
+    def _init_training_state(self, *args, **kwargs):
+        position = super()._init_training_state(*args, **kwargs)
+        if self._resumed_from is not None:
+            # The path in the state is that of the machine and working directory where it was written.
+            best = best_beside(self._resumed_from, self.state.best_global_step)
+            self.state.best_model_checkpoint = best or self.state.best_model_checkpoint
+        return position
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        # Gone on with at its last step in mid-epoch, Trainer would do one step too many.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _check_weights(self) -> None:
         try:
@@ -369,10 +416,39 @@ class MRPFTrainer(PublishingTrainer):
     def _check_same(self, when: str) -> None:
         check_same_model(self.accelerator.unwrap_model(self.model), Processes.of(self.args.world_size > 1), when)
 
+    @contextlib.contextmanager
+    def _nothing_removed(self) -> Iterator[None]:
+        """Within, `Trainer` removes no checkpoint."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            yield
+        finally:
+            self.args.save_total_limit = limit
+
     def _save_checkpoint(self, model, trial):
         self._check_weights()
-        super()._save_checkpoint(model, trial)
-        self._checked_checkpoint = get_last_checkpoint(self._get_output_dir(trial))
+        folder = Path(self._get_output_dir(trial))
+        checkpoint = folder / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            discard(checkpoint)
+        self.accelerator.wait_for_everyone()
+        # Trainer removes older checkpoints before this one is known to be whole, and takes the times of folders for
+        # their order.
+        with self._nothing_removed():
+            super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self._save_settings(checkpoint)  # with the limit that was held back
+            mark_complete(checkpoint, world_size=self.args.world_size)
+            rotate(folder, self.args.save_total_limit, checkpoint, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+        self._checked_checkpoint = str(checkpoint)
+
+    def _finalize_training(self, *args, **kwargs):
+        # Trainer removes the last checkpoint here if another is the best: a run killed before it has saved its model
+        # would then train again since the best.
+        with self._nothing_removed():
+            return super()._finalize_training(*args, **kwargs)
 
     # ---- Evaluation -------------------------------------------------------------------------------------------------
 

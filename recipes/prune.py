@@ -40,12 +40,25 @@ from hf_mrpf.efficiency import count_macs, count_parameters, device_name, file_s
 from hf_mrpf.evaluation import evaluate_robustness
 from hf_mrpf.figures import plot_sensitivity
 from hf_mrpf.hub import create_repository, push_folder
+from hf_mrpf.interruption import resumable
 from hf_mrpf.model_card import CardInfo, PlanSummary, render_card
 from hf_mrpf.pruning import plan_pruning
 from hf_mrpf.report import paired_difference
 from hf_mrpf.results import ResultRow, results_table
 from hf_mrpf.run_folder import RunFolder, read_json, write_json
-from hf_mrpf.stages import dense_stage, finish, finished_model, make_trainer, train, trained, validation_figures
+from hf_mrpf.stages import (
+    KeepSensitivity,
+    check_forced_place,
+    dense_stage,
+    finish,
+    finished_model,
+    kept_sensitivity,
+    make_trainer,
+    run_folder,
+    train,
+    trained,
+    validation_figures,
+)
 
 ATTACKS = ("clean", "fgsm", "pgd20", "cw")
 # A ResNet of one block a stage; its stem has 2 * stem_width channels. About 0.3 M parameters.
@@ -94,7 +107,7 @@ def main() -> None:
     announce(args)
     quieten()
     settings = run_settings(data_args, model_args, args)
-    run = RunFolder(args.output_dir, settings, overwrite=run_args.overwrite_output_dir, is_main=args.process_index == 0)
+    run = run_folder(settings, args, overwrite=run_args.overwrite_output_dir)
     run.check()
     if run.finished and not run_args.overwrite_output_dir:
         say(args, f"{run.path} is finished with these settings; --overwrite_output_dir would start again.")
@@ -102,6 +115,7 @@ def main() -> None:
         push_result(run, args)
         return
 
+    check_forced_place(run, args)
     if args.hub_model_id:
         validate_repo_id(args.hub_model_id)
     if find_spec("matplotlib") is None:
@@ -167,9 +181,9 @@ def control_stage(run: RunFolder, config, data: ImageData, model_args: ModelArgu
     torch.manual_seed(args.seed)
     model = PrunedForImageClassification(config).to(args.device)
     changes = {"objective": "standard", "num_train_epochs": model_args.control_epochs}
-    changes |= {"load_best_model_at_end": False, "eval_strategy": "no", "save_strategy": "no"}
+    changes |= {"load_best_model_at_end": False, "eval_strategy": "no"}
     model, result = train(run, "control", model, data, args, **changes)
-    finish(run, "control", model, result, args)
+    model = finish(run, "control", model, result, args)
     say(args, f"[control] {trained('standard', result)}")
     return model
 
@@ -182,7 +196,10 @@ def pruned_stage(run: RunFolder, dense, data: ImageData, args: MRPFConfig):
     start = time.perf_counter()
     stage_args = dataclasses.replace(args, output_dir=str(run.stage("pruned") / "training"), push_to_hub=False)
     trainer = make_trainer(copy.deepcopy(dense), data, stage_args)
-    plan = trainer.prune()
+    sensitivity_file = run.stage("pruned") / "sensitivity.json"
+    scores = kept_sensitivity(sensitivity_file, dense, args)
+    trainer.add_callback(KeepSensitivity(sensitivity_file))
+    plan = trainer.prune(scores=scores)
     result = {"seconds": round(time.perf_counter() - start, 1), "steps": trainer.pruning_report}
     if trainer.repair_report is not None:
         result["repair"] = dataclasses.asdict(trainer.repair_report)
@@ -191,11 +208,11 @@ def pruned_stage(run: RunFolder, dense, data: ImageData, args: MRPFConfig):
     if args.process_index == 0:
         plan_file.parent.mkdir(parents=True, exist_ok=True)
         plan.save(plan_file)
-    finish(run, "pruned", trainer.model, result, args)
+    model = finish(run, "pruned", trainer.model, result, args)
     kept = ", ".join(f"{value:.1%} of {name}" for name, value in plan.achieved.items())
     steps = " -> ".join(f"{name} {figures['robust_accuracy']:.1%}" for name, figures in trainer.pruning_report.items())
     say(args, f"[pruned] kept {kept} in {result['seconds']} s; validation robust accuracy {steps}")
-    return trainer.model, plan
+    return model, plan
 
 
 def finetuned_stage(run: RunFolder, pruned, data: ImageData, args: MRPFConfig):
@@ -206,7 +223,7 @@ def finetuned_stage(run: RunFolder, pruned, data: ImageData, args: MRPFConfig):
     model = copy.deepcopy(pruned)
     if args.num_train_epochs or args.max_steps > 0:
         model, result = train(run, "fine-tuned", model, data, args)
-    finish(run, "fine-tuned", model, result, args)
+    model = finish(run, "fine-tuned", model, result, args)
     say(args, f"[fine-tuned] {trained(args.objective, result)}{validation_figures(result)}")
     return model
 
@@ -326,4 +343,4 @@ def card_info(model, plan, reports, rows, stages, data: ImageData, args: MRPFCon
 
 
 if __name__ == "__main__":
-    report_errors(main)
+    report_errors(resumable(main))

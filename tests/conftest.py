@@ -23,6 +23,14 @@ def _seeded():
     torch.manual_seed(0)
 
 
+def pytest_terminal_summary(terminalreporter):
+    """What tests have to say although they passed, also from other processes."""
+    for report in terminalreporter.stats.get("passed", []):
+        for name, text in report.user_properties:
+            if name == "summary":
+                terminalreporter.write_line(text)
+
+
 @pytest.fixture(scope="session")
 def test_data() -> Path:
     """Folder of the real data sets; the test is skipped where there is none."""

@@ -1,0 +1,82 @@
+"""Signals: what is said at the end, what a second one does, and that a notebook keeps its own handlers."""
+
+import signal
+import sys
+import time
+
+import pytest
+
+import hf_mrpf.interruption as interruption
+from hf_mrpf.interruption import Interrupted, own_command, resumable, stopping_between_steps
+
+
+def test_outside_of_training_a_signal_ends_at_once_with_a_message_and_the_old_handlers_are_back(capsys):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        with pytest.raises(SystemExit) as end:
+            resumable(lambda signum=signum: signal.raise_signal(signum))()
+        assert end.value.code == 128 + signum
+        message = capsys.readouterr().err
+        assert f"stopped by {signal.Signals(signum).name}. What was finished is kept." in message
+        assert own_command() in message
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_in_training_it_waits_an_echo_is_no_second_one_and_a_second_one_ends_at_once(monkeypatch):
+    reached = []
+
+    def main():
+        with stopping_between_steps():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)  # passed on by a launcher
+            reached.append("still running")
+            monkeypatch.setattr(interruption, "_ECHO", 0.0)
+            time.sleep(0.01)
+            signal.raise_signal(signal.SIGINT)
+            reached.append("not reached")
+
+    with pytest.raises(SystemExit) as end:
+        resumable(main)()
+    assert end.value.code == 130
+    assert reached == ["still running"]
+
+
+def test_a_signal_after_the_last_step_is_not_lost():
+    def main():
+        with stopping_between_steps():
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as end:
+        resumable(main)()
+    assert end.value.code == 143
+
+
+@pytest.fixture(autouse=True)
+def _handled():
+    """A shell that starts a process in the background has it ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_what_is_ignored_stays_ignored():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    reached = []
+    resumable(lambda: reached.append(signal.raise_signal(signal.SIGINT)))()
+    assert reached == [None]
+
+
+def test_without_a_recipe_nothing_changes():
+    with pytest.raises(KeyboardInterrupt) as stop, stopping_between_steps():
+        signal.raise_signal(signal.SIGINT)
+    assert not isinstance(stop.value, Interrupted)
+
+
+def test_the_command_hides_a_token_and_does_not_start_again(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prune.py"])
+    monkeypatch.setattr(
+        sys,
+        "orig_argv",
+        ["python", "prune.py", "--hub_token", "secret", "--hub_token=secret", "--overwrite_output_dir", "--eps", "0.1"],
+    )
+    assert own_command() == "python prune.py --hub_token '***' '--hub_token=***' --eps 0.1"
