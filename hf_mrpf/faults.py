@@ -10,7 +10,11 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 OUT_OF_MEMORY = r"out of memory|can't allocate memory|not enough memory|No executable batch size"
 WORKER = r"DataLoader worker \(pid\(?s?\)? ?[\d, ]+\)"
 LOST_PEER = r"Connection closed by peer|Connection reset by peer|Connection refused|gloo|NCCL|Timed out waiting"
-NO_SPACE = r"No space left|os error 28|Disk quota exceeded"
+# The second line is torch.save, which loses the cause on its way.
+NO_SPACE = (
+    r"No space left|os error 28|Disk quota exceeded|"
+    r"inline_container.*(unexpected pos|write failed)|PytorchStreamWriter failed|iostream error"
+)
 
 
 def explain(error: BaseException) -> str | None:

@@ -350,7 +350,8 @@ class MRPFTrainer(PublishingTrainer):
     def _stop(self, reason: str) -> None:
         raise ValueError(
             f"{reason}; training stopped. Last checkpoint with finite weights: "
-            f"{self._checked_checkpoint or 'none was saved yet'}. Lower the learning rate, or give it a warm-up."
+            f"{self._checked_checkpoint or 'none was saved yet'}. Lower the learning rate, or give it a warm-up"
+            f"{', or train without --bf16' if self.args.bf16 else ''}."
         )
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args, **kwargs):

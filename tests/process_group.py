@@ -15,6 +15,19 @@ import torch
 
 def on_processes(count: int, function: Callable[..., Any], *arguments: Any, timeout: float = 240) -> list[Any]:
     """What `function(*arguments)` returns on each of `count` forked processes, by rank; an error of one is raised."""
+    results = _results(count, function, arguments, timeout)
+    errors = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(results) if error]
+    if errors:
+        raise RuntimeError("\n".join(errors))
+    return [value for _, value in results]
+
+
+def outcomes(count: int, function: Callable[..., Any], *arguments: Any, timeout: float = 240) -> list[Any]:
+    """As [`on_processes`], with None for a process that was killed or failed."""
+    return [value for _, value in _results(count, function, arguments, timeout)]
+
+
+def _results(count: int, function: Callable[..., Any], arguments: tuple, timeout: float) -> list[tuple[str, Any]]:
     context = multiprocessing.get_context("fork")
     with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
         free.bind(("127.0.0.1", 0))
@@ -29,14 +42,8 @@ def on_processes(count: int, function: Callable[..., Any], *arguments: Any, time
             process.start()
         for process in processes:
             process.join(timeout)
-        late = [process for process in processes if process.is_alive()]
-        for process in late:
             process.kill()
-        outcomes = [pickle.loads(file.read_bytes()) if file.exists() else ("no result", None) for file in files]
-    errors = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(outcomes) if error]
-    if late or errors:
-        raise RuntimeError("\n".join([f"{len(late)} processes did not end", *errors]))
-    return [value for _, value in outcomes]
+        return [pickle.loads(file.read_bytes()) if file.exists() else ("no result", None) for file in files]
 
 
 def _run(rank: int, count: int, port: int, file: Path, function: Callable[..., Any], arguments: tuple) -> None:
