@@ -225,6 +225,7 @@ def whole_story(folder, net, data):
     plan = trainer.prune()
     seen["plan"], seen["steps"] = plan.to_dict(), trainer.pruning_report
     seen["pruned"] = weights_sha256(trainer.model)
+    trainer.evaluate()
     trainer.train()
     seen["trained"] = weights_sha256(trainer.model)
     return seen | {"streams": watch.streams, "models": watch.models, "saved": watch.saved}
