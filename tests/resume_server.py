@@ -143,9 +143,10 @@ def watch_everything(places: Places) -> None:
 def cheapen() -> None:
     """What takes long and is of no interest here: read once, or not measured."""
     hf_mrpf.cli.load_image_data = functools.cache(hf_mrpf.cli.load_image_data)
-    hf_mrpf.report.package_versions = hf_mrpf.evaluation.package_versions = functools.cache(
-        hf_mrpf.report.package_versions
-    )
+    versions = functools.cache(hf_mrpf.report.package_versions)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("hf_mrpf.") and hasattr(module, "package_versions"):
+            module.package_versions = versions
     hf_mrpf.efficiency.measure_latency = lambda models, *rest: dict.fromkeys(models, 0.001)
 
 
