@@ -33,11 +33,18 @@ class _Request:
     """The signal that came, and whether it is to wait for the end of a training step."""
 
     def __init__(self) -> None:
-        self.signum = 0
-        self.since = 0.0
-        self.waits = False
+        self.forget()
+
+    def forget(self) -> None:
+        self.signum, self.since, self.waits = 0, 0.0, False
+        self.process = os.getpid()
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != self.process:  # a worker of a data loader: the step that is to be finished needs it
+            if signum == signal.SIGTERM:
+                signal.signal(signum, signal.SIG_DFL)
+                signal.raise_signal(signum)
+            return
         again, now = self.signum, time.monotonic()
         if again and now - self.since < _ECHO:
             return
@@ -109,6 +116,7 @@ def resumable(main: Callable[[], None]) -> Callable[[], None]:
     @wraps(main)
     def run() -> None:
         heeded = [signum for signum in _SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]
+        _request.forget()
         before = {signum: signal.signal(signum, _request.handle) for signum in heeded}
         try:
             main()
@@ -117,7 +125,7 @@ def resumable(main: Callable[[], None]) -> Callable[[], None]:
                 print(farewell(stop), file=sys.stderr, flush=True)
             raise SystemExit(128 + stop.signum) from None
         finally:
-            _request.__init__()  # type: ignore[misc]
+            _request.forget()
             for signum, handler in before.items():
                 signal.signal(signum, handler)
 

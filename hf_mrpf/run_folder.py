@@ -19,6 +19,7 @@ LEFT_BEHIND = 15.0
 STATE_FILE = "run.json"
 LOCK_FILE = "run.lock"
 STAGES = "stages"
+STAGE_FILE = "stage.json"
 # What recipes/export.py makes of the result.
 EXPORTS = "export"
 RESULT_FILES = (
@@ -55,9 +56,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def file_sums(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file in `folder`, by its name."""
-    return {file.name: _sha256(file) for file in sorted(folder.iterdir()) if file.is_file()}
+def file_sums(folder: Path, *patterns: str) -> dict[str, str]:
+    """SHA-256 of the files in `folder` that fit any of the patterns, by their paths within it."""
+    found = sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
+    return {file.relative_to(folder).as_posix(): _sha256(file) for file in found}
 
 
 def check_sums(folder: Path, sums: Mapping[str, str]) -> None:
@@ -273,18 +275,18 @@ class RunFolder:
         return record and {key: value for key, value in record.items() if key != "files"}
 
     def _stage_record(self, name: str) -> dict[str, Any] | None:
-        file = self.stage(name) / "stage.json"
+        file = self.stage(name) / STAGE_FILE
         return read_json(file) if file.is_file() else None
 
     def check_stage(self, name: str) -> None:
         """
-        Refuses the model of a finished stage that is not as it was written.
+        Refuses a finished stage whose model, plan or sensitivities are not as they were written.
 
         Raises:
             ValueError: with the file, and what to do.
         """
         try:
-            check_sums(self.stage(name) / "model", (self._stage_record(name) or {}).get("files", {}))
+            check_sums(self.stage(name), (self._stage_record(name) or {}).get("files", {}))
         except ValueError as error:
             raise ValueError(
                 f"{error} Put the file back, or remove {self.stage(name)} and the stages made after it: "
@@ -292,12 +294,12 @@ class RunFolder:
             ) from error
 
     def finish_stage(self, name: str, result: Mapping[str, Any]) -> None:
-        """Records that everything of the stage is written, with the SHA-256 of its model's files; to be called last."""
+        """Records that everything of the stage is written, with the SHA-256 of its files; to be called last."""
         if self.is_main:
-            model = self.stage(name) / "model"
-            self.stage(name).mkdir(parents=True, exist_ok=True)
-            files = file_sums(model) if model.is_dir() else {}
-            write_json(self.stage(name) / "stage.json", dict(result) | {"files": files})
+            folder = self.stage(name)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / STAGE_FILE).unlink(missing_ok=True)
+            write_json(folder / STAGE_FILE, dict(result) | {"files": file_sums(folder, "*.json", "model/*")})
 
     def publish(self, draft: Path) -> None:
         """

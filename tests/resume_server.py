@@ -49,8 +49,9 @@ class Places:
         self.count = 0
         self.phases = ["between stages"]
 
-    def passed(self, place: str) -> None:
-        os.write(self.log, f"{self.phases[-1]}\t{place}\n".encode())
+    def passed(self, place: str, path: str | os.PathLike = "") -> None:
+        phase = "writing the result" if Path(path).parts[-3:-1] == ("stages", "result") else self.phases[-1]
+        os.write(self.log, f"{phase}\t{place}\n".encode())
         self.count += 1
         if self.count - 1 == self.stop_at:
             os.kill(os.getpid(), self.signum)
@@ -92,7 +93,7 @@ def write_in_two_parts(places: Places, content: bytes, path) -> None:
     with open(path, "wb") as file:
         file.write(content[: len(content) // 2])
         file.flush()
-        places.passed(f"half of {Path(path).name}")
+        places.passed(f"half of {Path(path).name}", path)
         file.write(content[len(content) // 2 :])
 
 
@@ -102,6 +103,7 @@ def watch_everything(places: Places) -> None:
     places.watch(hf_mrpf.trainer.MRPFTrainer, "_save_checkpoint", "checkpoint")
     places.watch(hf_mrpf.trainer, "module_robustness_sensitivity", "MRS")
     places.watch(hf_mrpf.trainer, "plan_pruning", "planning")
+    places.watch(hf_mrpf.trainer.MRPFTrainer, "prune", "pruning")
     for name in ("prune", "repair", "recalibrate_batchnorm"):
         places.watch(hf_mrpf.trainer, name, "pruning")
     places.watch(hf_mrpf.evaluation, "evaluate_robustness", "evaluation")
@@ -123,7 +125,7 @@ def watch_everything(places: Places) -> None:
     def text(path, content, *args, **kwargs):
         if path.name != "run.lock":
             write_text(path, content[: len(content) // 2], *args, **kwargs)
-            places.passed(f"half of {path.name}")
+            places.passed(f"half of {path.name}", path)
         return write_text(path, content, *args, **kwargs)
 
     def remove(path, *args, **kwargs):
@@ -141,9 +143,10 @@ def watch_everything(places: Places) -> None:
 def cheapen() -> None:
     """What takes long and is of no interest here: read once, or not measured."""
     hf_mrpf.cli.load_image_data = functools.cache(hf_mrpf.cli.load_image_data)
-    hf_mrpf.report.package_versions = hf_mrpf.evaluation.package_versions = functools.cache(
-        hf_mrpf.report.package_versions
-    )
+    versions = functools.cache(hf_mrpf.report.package_versions)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("hf_mrpf.") and hasattr(module, "package_versions"):
+            module.package_versions = versions
     hf_mrpf.efficiency.measure_latency = lambda models, *rest: dict.fromkeys(models, 0.001)
 
 

@@ -1,5 +1,6 @@
 """Signals: what is said at the end, what a second one does, and that a notebook keeps its own handlers."""
 
+import os
 import signal
 import sys
 import time
@@ -39,6 +40,20 @@ def test_in_training_it_waits_an_echo_is_no_second_one_and_a_second_one_ends_at_
         resumable(main)()
     assert end.value.code == 130
     assert reached == ["still running"]
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 0), (signal.SIGTERM, -signal.SIGTERM)])
+def test_a_worker_outlives_ctrl_c_and_can_be_ended(signum, status, capfd):
+    def main():
+        with stopping_between_steps():
+            worker = os.fork()
+            if worker == 0:
+                signal.raise_signal(signum)
+                os._exit(0)
+            assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == status
+
+    resumable(main)()
+    assert "stopping" not in capfd.readouterr().err
 
 
 def test_a_signal_after_the_last_step_is_not_lost():
