@@ -35,7 +35,8 @@ def round_target(target: float, number: int, rounds: int, kept: float) -> float:
     """
     if not 1 <= number <= rounds:
         raise ValueError(f"round {number} of {rounds}: rounds are counted from 1 to {rounds}.")
-    return min(fraction_after(target, number, rounds) / kept, ALMOST_ALL)
+    wanted = fraction_after(target, number, rounds) / kept
+    return wanted if wanted < 1 else ALMOST_ALL
 
 
 def stage_names(rounds: int) -> list[tuple[str, str]]:
