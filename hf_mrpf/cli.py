@@ -168,6 +168,9 @@ class GroupedParser(HfArgumentParser):
     def _parse_dataclass_field(self, parser, field):  # type: ignore[override]
         title = self._title or self._subject(field.name)
         if title in self._without or field.name in self._without:
+            # `HfArgumentParser` looks for every field among what was parsed.
+            missing = field.default is dataclasses.MISSING
+            self.set_defaults(**{field.name: field.default_factory() if missing else field.default})
             return
         if field.name in FRACTIONS:
             field.type = number
