@@ -69,6 +69,7 @@ def main() -> None:
         batch_size=arguments.batch_size,
         data_name=data.name,
         progress=state.is_main_process,
+        distributed=state.num_processes > 1,
     )
     if not state.is_main_process:
         return

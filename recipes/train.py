@@ -24,11 +24,12 @@ from hf_mrpf.data import ImageData
 from hf_mrpf.delivery import check_repository_id, push_result, repository, shown_again
 from hf_mrpf.evaluation import evaluate_robustness
 from hf_mrpf.hub import write_record
+from hf_mrpf.interruption import resumable
 from hf_mrpf.launch import check_world_size
 from hf_mrpf.recipe_options import parse_recipe
 from hf_mrpf.results import results_table
 from hf_mrpf.run_folder import RunFolder, write_json
-from hf_mrpf.stages import dense_stage
+from hf_mrpf.stages import check_forced_place, dense_stage, run_folder
 
 ATTACKS = ("clean", "fgsm", "pgd20", "cw")
 NOTE = (
@@ -53,11 +54,12 @@ def main() -> None:
     announce(args)
     quieten()
     settings = run_settings(data_args, model_args, args)
-    run = RunFolder(args.output_dir, settings, overwrite=run_args.overwrite_output_dir, is_main=args.process_index == 0)
+    run = run_folder(settings, args, overwrite=run_args.overwrite_output_dir)
     run.check()
     if shown_again(run, run_args, args):
         return
 
+    check_forced_place(run, args)
     check_repository_id(args)
     start = own_config(model_args.model_name_or_path, model_args.model_revision)
     data = load_data(data_args, model_args.image_size or (start and start.image_size), args.seed)
@@ -71,19 +73,20 @@ def main() -> None:
     with run:
         epochs = dataclasses.replace(model_args, base_epochs=args.num_train_epochs)
         dense = dense_stage(run, model, data, epochs, args)
+        report = validation_report(run, dense, data, args)
         if args.process_index == 0:
-            report = validation_report(dense, data, args)
             write_result(run, dense, report, data, run_args, args)
             run.finish()
             push_result(run, args)
         args.distributed_state.wait_for_everyone()
 
 
-def validation_report(model, data: ImageData, args: MRPFConfig) -> RobustnessReport:
+def validation_report(run: RunFolder, model, data: ImageData, args: MRPFConfig) -> RobustnessReport:
     """How robust the model is on the split that its training was watched on."""
     report = evaluate_robustness(
         model, data.validation, ATTACKS, args.attack, seed=args.seed, batch_size=args.per_device_eval_batch_size,
-        data_name=data.name, progress=not args.disable_tqdm,
+        data_name=data.name, progress=not args.disable_tqdm, distributed=args.world_size > 1,
+        journal=run.stage("evaluation") / "dense.jsonl",
     )  # fmt: skip
     say(args, f"[evaluation] dense, validation split: {report}")
     return report
@@ -121,4 +124,4 @@ def write_result(run: RunFolder, model, report: RobustnessReport, data: ImageDat
 
 
 if __name__ == "__main__":
-    report_errors(main)
+    report_errors(resumable(main))
