@@ -142,7 +142,7 @@ def refuse_unreachable(
         say(
             args,
             f"[rounds] {rounds} rounds keep {steps} of the dense model's {metric}; each takes at most "
-            f"{args.max_ratio:.0%} of a unit, and {round_args.recovery_epochs:g} epochs of training lie between them",
+            f"{args.max_ratio:.0%} of a unit; epochs of training between them: {round_args.recovery_epochs:g}",
         )
 
 
