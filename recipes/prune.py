@@ -267,9 +267,8 @@ def write_result(
     write_json(draft / "robustness_report.json", report)
     info = card_info(model, plans, reports, rows, stages, data, args)
     if len(plans) > 1:
-        recovery = (
-            f"{round_args.recovery_epochs:g} epochs of `{args.objective}`" if round_args.recovery_epochs else None
-        )
+        epochs = round_args.recovery_epochs
+        recovery = f"{epochs:g} epoch{'' if epochs == 1 else 's'} of `{args.objective}`" if epochs else None
         figures = [round_figures(stages[pruned], stages[after], args) for pruned, after in rounds]
         info = dataclasses.replace(info, rounds=round_rows(plans, figures), recovery=recovery)
     if run_args.card_note:
