@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 from argparse import ArgumentTypeError
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +16,7 @@ from .config import MRPFConfig
 from .data import ImageData, load_image_data
 from .modeling import PrunedConfig, PrunedForImageClassification, with_new_head
 
+RECOVERY_EPOCHS = 5.0
 FRACTIONS = ("eps", "step_size")
 ATTACK_OPTIONS = ("objective", "beta", "norm", "eps", "step_size", "num_steps", "random_start", "eval_num_steps")
 TRAINING_OPTIONS = (
@@ -39,6 +42,7 @@ NOT_PART_OF_A_RUN = (
     "local_rank",
     "dataloader_num_workers",
     "push_to_hub",
+    "expected_world_size",
 )
 
 
@@ -91,12 +95,44 @@ class ModelArguments:
 
 
 @dataclass
+class RoundArguments:
+    """In how many steps the recipe prunes. A trainer prunes once for each call of `prune()`."""
+
+    pruning_rounds: int = field(
+        default=1,
+        metadata={
+            "help": "Rounds of pruning; MRS is measured again in each, and max_ratio holds for each. 1 is one-shot."
+        },
+    )
+    recovery_epochs: float | None = field(
+        default=None,
+        metadata={"help": f"Epochs of adversarial training between rounds; {RECOVERY_EPOCHS:g} if not given."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.pruning_rounds < 1:
+            raise ValueError(f"--pruning_rounds {self.pruning_rounds} must be at least 1, which is one-shot pruning.")
+        if self.pruning_rounds == 1 and self.recovery_epochs is not None:
+            raise ValueError(
+                f"--recovery_epochs {self.recovery_epochs:g} is about the time between rounds, and there is one round: "
+                "give --pruning_rounds 2 or more, or --num_train_epochs for the fine-tuning."
+            )
+        if self.pruning_rounds > 1 and self.recovery_epochs is None:
+            self.recovery_epochs = RECOVERY_EPOCHS
+        if self.recovery_epochs is not None and not (math.isfinite(self.recovery_epochs) and self.recovery_epochs >= 0):
+            raise ValueError(f"--recovery_epochs {self.recovery_epochs} must be a number of epochs, at least 0.")
+
+
+@dataclass
 class RunArguments:
-    """What happens to the output folder."""
+    """What happens to the output folder, and how many processes write to it."""
 
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Start again in a folder that holds a run."})
     card_note: str | None = field(
         default=None, metadata={"help": "A sentence for the card, such as what is special about a copy of the data."}
+    )
+    expected_world_size: int | None = field(
+        default=None, metadata={"help": "Stop where the launcher started another number of processes."}
     )
 
 
@@ -109,24 +145,36 @@ def number(text: str) -> float:
 
 
 class GroupedParser(HfArgumentParser):
-    """`HfArgumentParser` whose help shows the options of this library first, by subject."""
+    """
+    `HfArgumentParser` whose help shows the options of this library first, by subject.
 
-    def __init__(self, dataclass_types, **kwargs):
+    Subjects or single options named in `without` are no options: their fields keep their defaults.
+    """
+
+    def __init__(self, dataclass_types, *, without: Collection[str] = (), **kwargs):
         self._option_groups: dict[str, Any] = {}
+        self._without = without
         super().__init__(dataclass_types, **kwargs)
 
     def _add_dataclass_arguments(self, dtype):
-        titles = {DataArguments: "data", ModelArguments: "model", RunArguments: "training"}
+        titles = {DataArguments: "data", ModelArguments: "model", RoundArguments: "pruning", RunArguments: "training"}
         if not self._option_groups:
             for title in ("data", "model", "pruning", "attack", "training", "Hub", "transformers"):
-                self._option_groups[title] = self.add_argument_group(title)
+                if title not in self._without:
+                    self._option_groups[title] = self.add_argument_group(title)
         self._title = titles.get(dtype)
         super()._add_dataclass_arguments(dtype)
 
     def _parse_dataclass_field(self, parser, field):  # type: ignore[override]
+        title = self._title or self._subject(field.name)
+        if title in self._without or field.name in self._without:
+            # `HfArgumentParser` looks for every field among what was parsed.
+            missing = field.default is dataclasses.MISSING
+            self.set_defaults(**{field.name: field.default_factory() if missing else field.default})
+            return
         if field.name in FRACTIONS:
             field.type = number
-        HfArgumentParser._parse_dataclass_field(self._option_groups[self._title or self._subject(field.name)], field)
+        HfArgumentParser._parse_dataclass_field(self._option_groups[title], field)
 
     @staticmethod
     def _subject(name: str) -> str:

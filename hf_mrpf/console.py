@@ -1,6 +1,7 @@
 """What a recipe shows: its first line, one line a stage, bars that carry figures, errors as one message."""
 
 import sys
+import time
 from collections.abc import Callable
 
 import torch
@@ -8,7 +9,9 @@ from safetensors import SafetensorError
 from transformers import ProgressCallback, TrainingArguments
 
 from .faults import explain
+from .launch import LaunchError, is_first
 
+SECONDS_FOR_THE_FIRST = 60
 SHOWN_IN_BAR = {"loss": "loss", "eval_accuracy": "clean", "eval_robust_accuracy": "robust"}
 
 
@@ -47,14 +50,22 @@ def quieten() -> None:
 
 
 def report_errors(main: Callable[[], None]) -> None:
-    """Runs `main`; what a user can put right is printed as one message, and the exit status is 2."""
+    """
+    Runs `main`; what a user can put right is printed as one message, and the exit status is 2.
+
+    A launch that every process refuses is spoken of by the first one alone.
+    """
     try:
         main()
     except (ValueError, ImportError, OSError, MemoryError, RuntimeError, SafetensorError) as error:
         message = explain(error)
         if message is None:
             raise
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        if isinstance(error, LaunchError) and not is_first():
+            # A launcher ends all processes once one has failed, and the first may still have its message to write.
+            time.sleep(SECONDS_FOR_THE_FIRST)
+        else:
+            print(f"error: {message}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -4,9 +4,10 @@ import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
@@ -19,6 +20,7 @@ from .modeling import PrunedForImageClassification
 from .plan import PruningPlan
 from .report import RobustnessReport, package_versions
 from .results import ResultRow
+from .rounds import round_rows
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 NEEDED = ("config.json", "preprocessor_config.json", "modeling.py")
@@ -200,7 +202,7 @@ def short_card(model: PrunedForImageClassification, repo_id: str | None = None) 
 def write_record(
     folder: Path,
     model: PrunedForImageClassification,
-    repo_id: str,
+    repo_id: str | None,
     *,
     plans: Sequence[PruningPlan],
     report: RobustnessReport | None,
@@ -208,7 +210,8 @@ def write_record(
     settings: Mapping[str, Any],
     pruning_steps: dict[str, dict[str, float]],
     selection: dict[str, dict[str, float]],
-) -> None:
+    **facts: Any,
+) -> CardInfo:
     """
     Writes what a trainer knows of its model beside the weights: plan, figure, report and card.
 
@@ -218,7 +221,7 @@ def write_record(
         folder (`Path`):
             Folder with the saved model.
         model ([`PrunedForImageClassification`]), repo_id (`str`):
-            The model, and the id its card gives.
+            The model, and the id its card gives, a placeholder if there is none yet.
         plans (`Sequence[PruningPlan]`):
             Those that were applied, in order; with several, the file holds `{"rounds": [...], "kept": ...}`.
         report ([`RobustnessReport`], *optional*), split (`str`):
@@ -227,45 +230,78 @@ def write_record(
             Settings of the training; those of [`SETTINGS`] are on the card.
         pruning_steps, selection:
             As in [`CardInfo`].
+        facts:
+            Further fields of [`CardInfo`], or others instead of what is found here.
+
+    Returns:
+        [`CardInfo`]: what the card says.
     """
     for name in RECORD:
         (folder / name).unlink(missing_ok=True)
     if plans:
         write_plans(plans, folder / "pruning_plan.json")
-        last: Any = plans[-1]
-        plot_sensitivity(last, folder / "mrs.png")
+        plot_sensitivity(cast(Any, shown_plan(plans)), folder / "mrs.png")
     row = None
     if report is not None:
         report.save(folder / "robustness_report.json")
         example = torch.zeros(1, 3, model.config.image_size, model.config.image_size, device=model.device)
         costs = {"parameters": count_parameters(model), "macs": count_macs(model, example)}
         row = ResultRow.from_report("this model", report, **costs)
-    info = CardInfo(
-        **_model_facts(model, repo_id),
-        dataset_id=(report.data_name or "images of the user") if report else None,
-        dataset_split=split,
-        rows=[row] if row else [],
-        plan=PlanSummary.from_plan(plans[-1], rounds=len(plans)) if plans else None,
-        pruning_steps=pruning_steps,
-        selection=selection,
-        training={name: str(settings[name]) for name in SETTINGS if name in settings},
-        figure="mrs.png" if (folder / "mrs.png").is_file() else None,
-        versions=package_versions(),
-        seed=settings.get("seed"),
-    )
+    known: dict[str, Any] = _model_facts(model, repo_id)
+    known |= {
+        "dataset_id": (report.data_name or "images of the user") if report else None,
+        "dataset_split": split,
+        "rows": [row] if row else [],
+        "plan": PlanSummary.from_plan(shown_plan(plans), rounds=len(plans)) if plans else None,
+        "rounds": round_rows(plans) if len(plans) > 1 else [],
+        "pruning_steps": pruning_steps,
+        "selection": selection,
+        "training": {name: str(settings[name]) for name in SETTINGS if name in settings},
+        "figure": "mrs.png" if (folder / "mrs.png").is_file() else None,
+        "versions": package_versions(),
+        "seed": settings.get("seed"),
+    }
+    info = CardInfo(**known | facts)
     render_card(info).save(folder / "README.md")
+    return info
 
 
 def write_plans(plans: Sequence[PruningPlan], path: Path) -> None:
-    """Writes one plan as it is, several as `rounds` with `kept`: channels of the first dense model, by unit."""
+    """
+    Writes one plan as it is, several as `rounds` with `kept`: channels of the first dense model, by unit.
+
+    `kept` is null where the units changed on the way, so that no indices of the dense model's units say what is left.
+    """
     if len(plans) == 1:
         plans[0].save(path)
         return
-    kept = dict(plans[0].kept)
-    for plan in plans[1:]:
-        kept = {unit: [before[index] for index in plan.kept[unit]] for unit, before in kept.items()}
-    content = {"rounds": [plan.to_dict() for plan in plans], "kept": kept}
+    whole = whole_plan(plans)
+    content = {"rounds": [plan.to_dict() for plan in plans], "kept": whole and whole.kept}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def shown_plan(plans: Sequence[PruningPlan]) -> PruningPlan:
+    """What card and picture show of a removal in rounds: the one plan that does the same, or else the last one's."""
+    if whole := whole_plan(plans):
+        return whole
+    first, last = plans[0], plans[-1]
+    metric = last.target_metric
+    return replace(
+        last,
+        target=last.target * last.before[metric] / first.before[metric],
+        before=first.before,
+        achieved={name: size / first.before[name] for name, size in last.after.items()},
+        dense_size=first.dense_size,
+    )
+
+
+def whole_plan(plans: Sequence[PruningPlan]) -> PruningPlan | None:
+    """The one plan that does what several did one after another; None where there is no such plan."""
+    try:
+        return PruningPlan.of_rounds(plans)
+    except ValueError:
+        # Grouped convolutions that lost channels of every group in one round and whole groups in another.
+        return None
 
 
 def _model_facts(model: PrunedForImageClassification, repo_id: str | None) -> dict[str, Any]:

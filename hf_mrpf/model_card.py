@@ -10,6 +10,7 @@ from typing import Any, Self
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .results import ResultRow, accuracy_text, attack_title, markdown_table, measured, results_table, table_cells
+from .rounds import round_cells
 
 __all__ = ["CardInfo", "PlanSummary", "ResultRow", "render_card", "results_table"]
 
@@ -33,7 +34,8 @@ class PlanSummary:
             Radius of the weight perturbation, and agreement of the scores of disjoint calibration sets, where scores
             were measured.
         rounds (`int`, *optional*, defaults to `1`):
-            How many times the model was pruned.
+            How many times the model was pruned; units and scores are then those of the first round, all else is of all
+            rounds together.
         of_dense (`dict[str, float]`, *optional*):
             Where the model had been pruned before: fraction of the dense network kept in all, by metric.
     """
@@ -51,7 +53,7 @@ class PlanSummary:
 
     @classmethod
     def from_plan(cls, plan: Any, *, rounds: int = 1) -> Self:
-        """Take what the card needs of a `PruningPlan`, the last one where there were several `rounds`."""
+        """Take what the card needs of a `PruningPlan`; of several `rounds`, of the one plan that does the same."""
         sensitivity = plan.sensitivity or {}
         units = [
             {
@@ -106,8 +108,13 @@ class CardInfo:
             A model that was not trained against attacks, under the same one: what the attack alone is worth.
         plan (`PlanSummary`, *optional*):
             How it was pruned.
+        rounds (`list[dict]`, *optional*):
+            What each of several rounds of pruning left, as `rounds.round_rows` gives it.
+        recovery (`str`, *optional*):
+            What was done between the rounds, such as `"5 epochs of trades"`.
         pruning_steps (`dict[str, dict[str, float]]`, *optional*):
-            `accuracy` and `robust_accuracy` on the validation split before and after each step of pruning.
+            `accuracy` and `robust_accuracy` on the validation split before and after each step of pruning, in the last
+            round where there were several.
         selection (`dict[str, dict[str, float]]`, *optional*):
             `best` and `last` checkpoint of fine-tuning, with their validation figures.
         training (`dict[str, Any]`, *optional*):
@@ -138,6 +145,8 @@ class CardInfo:
     rows: list[ResultRow] = field(default_factory=list)
     control: ResultRow | None = None
     plan: PlanSummary | None = None
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    recovery: str | None = None
     pruning_steps: dict[str, dict[str, float]] = field(default_factory=dict)
     selection: dict[str, dict[str, float]] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
@@ -197,6 +206,7 @@ def render_card(info: CardInfo) -> ModelCard:
         measured=measured(info.rows[-1]) if info.rows else "",
         figures=_figures_text,
         units=markdown_table(_unit_cells(info.plan)) if info.plan else "",
+        rounds=markdown_table(round_cells(info.rounds)) if info.rounds else "",
         steps_images=_images_text(info.pruning_steps),
         steps=markdown_table(_step_cells(info.pruning_steps)),
         selection=markdown_table(_step_cells(info.selection)),

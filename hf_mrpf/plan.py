@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import pairwise
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .rounds import compose_kept
 from .units import PruningUnit, UnitGraph, trace_units
 
 FORMAT_VERSION = 1
@@ -112,6 +114,78 @@ class PruningPlan:
         """
         if not isinstance(values, Mapping):
             raise ValueError(f"{source}: a JSON object is needed, not {type(values).__name__}.")
+        if set(values) == {"rounds", "kept"}:
+            return cls._from_rounds(values, source)
+        return cls._from_single(values, source)
+
+    @classmethod
+    def _from_rounds(cls, values: Mapping[str, Any], source: str) -> "PruningPlan":
+        if not isinstance(values["rounds"], list) or not values["rounds"]:
+            raise ValueError(f"{source}: key 'rounds' must be a list of plans.")
+        if values["kept"] is None:
+            raise ValueError(
+                f"{source}: its rounds cut units in ways that no single plan has. Make a plan of each entry of "
+                "'rounds' with PruningPlan.from_dict and apply them in order."
+            )
+        # Each is a plan by itself: rounds inside rounds are refused.
+        plans = [
+            cls._from_single(plan, f"{source}: round {number}") for number, plan in enumerate(values["rounds"], start=1)
+        ]
+        plan = cls.of_rounds(plans, source=source)
+        if plan.to_dict()["kept"] != values["kept"]:
+            raise ValueError(f"{source}: key 'kept' is not what the rounds leave of the first model.")
+        return plan
+
+    @classmethod
+    def of_rounds(cls, plans: Sequence["PruningPlan"], *, source: str = "pruning plans") -> "PruningPlan":
+        """
+        One plan that removes at once what several removed one after another.
+
+        Settings, scores and hash are the first one's: they are about the model that all indices are about. Target, kept
+        channels and sizes are those that were reached in all.
+
+        Args:
+            plans (`Sequence[PruningPlan]`): in the order in which they were applied, at least one.
+            source (`str`, *optional*, defaults to `"pruning plans"`): what error messages call them.
+
+        Raises:
+            ValueError: where a plan does not start from the units that the one before it has left. These change where a
+                grouped convolution loses whole groups in one round and channels of every group in another.
+        """
+        if not plans:
+            raise ValueError(f"{source}: there are none; at least one plan is needed.")
+        first, last = plans[0], plans[-1]
+        for number, (earlier, later) in enumerate(pairwise(plans), start=2):
+            for unit in later.units:
+                left = _width_left(unit, earlier.kept.get(unit.name))
+                if unit.width != left:
+                    raise ValueError(
+                        f"{source}: round {number} starts from {unit.width} channels of unit {unit.name!r}, and the "
+                        f"round before it left {left}, so no single plan leaves the same."
+                    )
+        # What the last round aimed at is a fraction of what it started from; here it is one of the first model.
+        metric = last.target_metric
+        try:
+            kept = compose_kept([plan.kept for plan in plans])
+            target = last.target * last.before[metric] / first.before[metric]
+            achieved = {name: size / first.before[name] for name, size in last.after.items()}
+        except (ValueError, KeyError, ZeroDivisionError) as error:
+            raise ValueError(f"{source}: the rounds do not go together ({error}).") from error
+        ratios = {unit.name: removed_fraction(unit, kept[unit.name]) for unit in first.units}
+        return replace(
+            first,
+            target=target,
+            target_metric=metric,
+            kept=kept,
+            ratios=ratios,
+            after=last.after,
+            achieved=achieved,
+        )
+
+    @classmethod
+    def _from_single(cls, values: Any, source: str) -> "PruningPlan":
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{source}: a JSON object is needed, not {type(values).__name__}.")
         version = values.get("format_version")
         if version != FORMAT_VERSION or isinstance(version, bool):
             raise ValueError(
@@ -153,7 +227,7 @@ class PruningPlan:
     @classmethod
     def load(cls, path: str | Path) -> "PruningPlan":
         """
-        Read a plan that [`PruningPlan.save`] wrote.
+        Read a plan that [`PruningPlan.save`] wrote, or the plans of several rounds, as the one of [`of_rounds`].
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -199,6 +273,13 @@ def removed_fraction(unit: PruningUnit, kept: Any) -> float:
     elif unit.kind == "heads":
         kept = kept["heads"]
     return 1 - len(kept) / unit.width
+
+
+def _width_left(unit: PruningUnit, kept: Any) -> int:
+    """How wide a unit of the next round is, by what the round before kept of it; 0 where that knew no such unit."""
+    if isinstance(kept, Mapping):
+        return len(kept["heads"] if unit.kind == "heads" else kept["v"][0])
+    return len(kept or ())
 
 
 def trace_for(plan: PruningPlan, model: nn.Module) -> UnitGraph:

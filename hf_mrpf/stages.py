@@ -1,5 +1,6 @@
 """The stages of a run, each in its own folder: trained from its last checkpoint on, saved, and then kept."""
 
+import copy
 import dataclasses
 import shutil
 import time
@@ -214,4 +215,21 @@ def dense_stage(run: RunFolder, model, data: ImageData, model_args: ModelArgumen
     result["start"] = start
     model = finish(run, "dense", model, result, args)
     say(args, f"[dense] {trained(args.objective, result)}{validation_figures(result)}")
+    return model
+
+
+def trained_stage(
+    run: RunFolder, stage: str, model, data: ImageData, args: MRPFConfig, epochs: float | None = None
+) -> PrunedForImageClassification:
+    """A copy of `model` after adversarial training, of `epochs` or else of what `args` say; with none, as it is."""
+    if finished := finished_model(run, stage, args):
+        return finished
+    changes = {} if epochs is None else {"num_train_epochs": epochs}
+    wanted = args.num_train_epochs or args.max_steps > 0 if epochs is None else epochs
+    result: dict[str, Any] = {"epochs": 0}
+    model = copy.deepcopy(model)
+    if wanted:
+        model, result = train(run, stage, model, data, args, **changes)
+    model = finish(run, stage, model, result, args)
+    say(args, f"[{stage}] {trained(args.objective, result)}{validation_figures(result)}")
     return model

@@ -3,13 +3,17 @@ Measures a model under attack: a folder or Hub id of a model of this library.
 
     python recipes/evaluate.py outputs/digits
     python recipes/evaluate.py me/resnet18-cifar10-mrpf --dataset_name uoft-cs/cifar10 --num_samples 1000
+    accelerate launch --config_file recipes/accelerate/cpu_2proc.yaml recipes/evaluate.py outputs/digits --device cpu
 
 Without `--eps` it is the eps that the model's own `robustness_report.json` was measured at, 8/255 where it has none.
 """
 
 import argparse
+import os
 from pathlib import Path
 
+import torch
+from accelerate import PartialState
 from transformers import HfArgumentParser
 from transformers.utils import cached_file
 
@@ -18,6 +22,7 @@ from hf_mrpf.cli import DataArguments, load_data, number
 from hf_mrpf.console import quieten, report_errors
 from hf_mrpf.data import ImageData
 from hf_mrpf.evaluation import ATTACKS, evaluate_robustness
+from hf_mrpf.launch import check_world_size
 from hf_mrpf.report import RobustnessReport
 from hf_mrpf.run_folder import read_json
 
@@ -32,7 +37,8 @@ def parse_arguments() -> tuple[DataArguments, argparse.Namespace]:
     parser.add_argument("--eps", type=number, help="radius in pixels in [0, 1]; 8/255 is read. The model's own")
     parser.add_argument("--num_samples", type=int, help="stratified subset of the split; all if not given")
     parser.add_argument("--batch_size", type=int, default=128, help="images in a batch")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps")
+    parser.add_argument("--device", help="cpu, cuda, mps; that of the launcher if not given, a GPU where there is one")
+    parser.add_argument("--expected_world_size", type=int, help="stop where there are other than so many processes")
     parser.add_argument("--seed", type=int, default=42, help="seed of the random starts and of the subset")
     parser.add_argument("--output", help="file to write the report to, as JSON")
     data_args, arguments = parser.parse_args_into_dataclasses()
@@ -41,6 +47,11 @@ def parse_arguments() -> tuple[DataArguments, argparse.Namespace]:
 
 def main() -> None:
     data_args, arguments = parse_arguments()
+    state = processes(arguments.device)
+    check_world_size(state.num_processes, arguments.expected_world_size)
+    device = own_device(state, arguments.device)
+    if state.is_main_process:
+        print(f"world size {state.num_processes}, device {device}, seed {arguments.seed}", flush=True)
     quieten()
     if arguments.output and not Path(arguments.output).absolute().parent.is_dir():
         raise ValueError(f"--output {arguments.output}: there is no such folder to write to.")
@@ -49,7 +60,7 @@ def main() -> None:
     data = load_data(data_args, model.config.image_size, arguments.seed)
     check_classes(model, data, arguments)
     report = evaluate_robustness(
-        model.to(arguments.device),
+        model.to(device),
         getattr(data, arguments.split),
         arguments.attacks,
         attack,
@@ -57,14 +68,35 @@ def main() -> None:
         seed=arguments.seed,
         batch_size=arguments.batch_size,
         data_name=data.name,
-        progress=True,
+        progress=state.is_main_process,
+        distributed=state.num_processes > 1,
     )
+    if not state.is_main_process:
+        return
     print(f"{arguments.model} on {data.name}, split {arguments.split}: {report}")
     for line in sanity(report, len(data.class_names)):
         print(line)
     if arguments.output:
         report.save(arguments.output)
         print(f"report in {arguments.output}")
+
+
+def processes(device: str | None) -> PartialState:
+    """The processes that the launcher started, on GPUs or, where that is asked for, on the CPU."""
+    asked = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes", "on", "y", "t")
+    return PartialState(cpu=device == "cpu" or (device is None and asked))
+
+
+def own_device(state: PartialState, wanted: str | None) -> torch.device:
+    """The device that was asked for; of several of its kind, the one that the launcher gave this process."""
+    given = torch.device(state.device.type if state.device.type == "cpu" else state.device)
+    if wanted is None:
+        return given
+    try:
+        asked = torch.device(wanted)
+    except RuntimeError as error:
+        raise ValueError(f"--device {wanted!r} is no device; give cpu, cuda or mps.") from error
+    return given if asked.type == given.type and asked.index is None else asked
 
 
 def own_attack(arguments: argparse.Namespace) -> AttackConfig:

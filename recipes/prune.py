@@ -12,6 +12,7 @@ its parent. The result is a folder that `AutoModelForImageClassification.from_pr
 
 import copy
 import dataclasses
+import itertools
 import json
 import shlex
 import shutil
@@ -21,13 +22,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from huggingface_hub.utils import validate_repo_id
 
 from hf_mrpf import MRPFConfig, PrunedForImageClassification, PruningPlan, RobustnessReport
 from hf_mrpf.cli import (
     DataArguments,
-    GroupedParser,
     ModelArguments,
+    RoundArguments,
     RunArguments,
     build_model,
     load_data,
@@ -36,16 +36,20 @@ from hf_mrpf.cli import (
 )
 from hf_mrpf.console import announce, quieten, report_errors, say
 from hf_mrpf.data import ImageData, calibration_batches
+from hf_mrpf.delivery import check_repository_id, push_result, repository, shown_again
 from hf_mrpf.efficiency import count_macs, count_parameters, device_name, file_size, measure_latency
 from hf_mrpf.evaluation import evaluate_robustness
 from hf_mrpf.figures import plot_sensitivity
-from hf_mrpf.hub import create_repository, push_folder
+from hf_mrpf.hub import shown_plan, write_plans
 from hf_mrpf.interruption import resumable
+from hf_mrpf.launch import check_world_size
 from hf_mrpf.model_card import CardInfo, PlanSummary, render_card
-from hf_mrpf.pruning import plan_pruning
+from hf_mrpf.pruning import plan_pruning, prune
+from hf_mrpf.recipe_options import parse_recipe
 from hf_mrpf.report import paired_difference
 from hf_mrpf.results import ResultRow, results_table
-from hf_mrpf.run_folder import RunFolder, read_json, write_json
+from hf_mrpf.rounds import fraction_after, round_rows, round_target, stage_names
+from hf_mrpf.run_folder import RunFolder, write_json
 from hf_mrpf.stages import (
     KeepSensitivity,
     check_forced_place,
@@ -57,67 +61,33 @@ from hf_mrpf.stages import (
     run_folder,
     train,
     trained,
-    validation_figures,
+    trained_stage,
 )
 
 ATTACKS = ("clean", "fgsm", "pgd20", "cw")
-# A ResNet of one block a stage; its stem has 2 * stem_width channels. About 0.3 M parameters.
-NARROW_RESNET = {"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 128], "stem_type": "deep", "stem_width": 8}
-# The embedded digits: eps at which a normally trained net fails, and settings for a few minutes on two cores.
-DIGITS = {"eps": 0.2, "num_steps": 5, "per_device_train_batch_size": 32, "crop_padding": 1}
-DIGITS_MODEL = {
-    "backbone_kwargs": json.dumps(NARROW_RESNET | {"channels": [16, 32, 32, 32]}),  # 59 k parameters
-    "control_epochs": 8.0,
-    "base_epochs": 28.0,
-    "num_train_epochs": 20.0,
-}
-EVERY_RUN = {
-    "eval_strategy": "epoch",
-    "save_strategy": "epoch",
-    "logging_strategy": "epoch",
-    "load_best_model_at_end": True,
-    "save_total_limit": 1,
-    "report_to": "none",
-    "num_train_epochs": 20.0,
-}
 
 
 def parse_arguments():
-    groups = [DataArguments, ModelArguments, RunArguments, MRPFConfig]
-    usage = "accelerate launch recipes/prune.py [options]"
-    parser = GroupedParser(groups, usage=usage, description=__doc__.split("\n\n")[0])
-    parser.set_defaults(**EVERY_RUN)
-    # Defaults follow from the data and the model; with none named, --help shows those of the embedded run.
-    known, _ = parser.parse_known_args([option for option in sys.argv[1:] if option not in ("-h", "--help")])
-    embedded, named = known.dataset_name in (None, "digits"), known.model_name_or_path
-    folder = "digits" if embedded else Path(known.dataset_name).name
-    parser.set_defaults(output_dir=f"outputs/{folder}-{Path(named).name}" if named else f"outputs/{folder}")
-    if named is None:
-        narrow = {"model_name_or_path": "timm/resnet18", "small_images": True}
-        parser.set_defaults(**narrow, backbone_kwargs=json.dumps(NARROW_RESNET))
-    if embedded:
-        parser.set_defaults(**DIGITS if named else DIGITS | DIGITS_MODEL)
-        if known.optim == "sgd":
-            parser.set_defaults(learning_rate=0.2)
-    return parser.parse_args_into_dataclasses()
+    return parse_recipe(
+        [DataArguments, ModelArguments, RoundArguments, RunArguments, MRPFConfig],
+        usage="accelerate launch recipes/prune.py [options]",
+        description=__doc__.split("\n\n")[0],
+    )
 
 
 def main() -> None:
-    data_args, model_args, run_args, args = parse_arguments()
+    data_args, model_args, round_args, run_args, args = parse_arguments()
+    check_world_size(args.world_size, run_args.expected_world_size)
     announce(args)
     quieten()
-    settings = run_settings(data_args, model_args, args)
+    settings = run_settings(data_args, model_args, round_args, args)
     run = run_folder(settings, args, overwrite=run_args.overwrite_output_dir)
     run.check()
-    if run.finished and not run_args.overwrite_output_dir:
-        say(args, f"{run.path} is finished with these settings; --overwrite_output_dir would start again.")
-        say(args, results_table(read_json(run.path / "robustness_report.json")["table"]))
-        push_result(run, args)
+    if shown_again(run, run_args, args):
         return
 
     check_forced_place(run, args)
-    if args.hub_model_id:
-        validate_repo_id(args.hub_model_id)
+    check_repository_id(args)
     if find_spec("matplotlib") is None:
         raise ImportError("The picture of the pruning plan needs matplotlib: pip install hf-mrpf[plots].")
     start = own_config(model_args.model_name_or_path, model_args.model_revision)
@@ -125,7 +95,7 @@ def main() -> None:
     args.horizontal_flip = args.horizontal_flip and data.flip
     torch.manual_seed(args.seed)
     model = build_model(model_args, data).to(args.device)
-    refuse_unreachable(model, data, args)
+    refuse_unreachable(model, data, round_args, args)
     if args.push_to_hub:
         # The id in full is on the card; a token or a name that cannot work shows before any training.
         args.hub_model_id = repository(args)
@@ -133,43 +103,47 @@ def main() -> None:
     with run:
         dense = dense_stage(run, model, data, model_args, args)
         control = control_stage(run, model.config, data, model_args, args)
-        pruned, plan = pruned_stage(run, dense, data, args)
-        finetuned = finetuned_stage(run, pruned, data, args)
+        pruned, plans = pruning_rounds(run, dense, data, round_args, args)
+        finetuned = trained_stage(run, "fine-tuned", pruned, data, args)
         models = {"dense": dense, "pruned": pruned, "fine-tuned": finetuned}
         reports = test_reports(run, models | ({"control": control} if control else {}), data, args)
         if args.process_index == 0:
             rows = result_rows(run, models, reports, args)
-            write_result(run, finetuned, plan, reports, rows, data, run_args, args)
+            write_result(run, finetuned, plans, reports, rows, data, round_args, run_args, args)
             run.finish()
             push_result(run, args)
         args.distributed_state.wait_for_everyone()
 
 
-def repository(args: MRPFConfig) -> str:
-    """The id on the Hub, made sure of by the main process."""
-    name = args.hub_model_id or Path(args.output_dir).absolute().name
-    if args.process_index == 0:
-        name = create_repository(name, private=args.hub_private_repo, token=args.hub_token)
-    return name
-
-
-def push_result(run: RunFolder, args: MRPFConfig) -> None:
-    """Sends the finished folder; where that fails, the folder stays whole and the error says how to send it again."""
-    if args.push_to_hub and args.process_index == 0:
-        options = {"private": args.hub_private_repo, "revision": args.hub_revision, "token": args.hub_token}
-        pushed = push_folder(run.path, args.hub_model_id or run.path.absolute().name, **options)
-        say(args, f"pushed to {pushed.commit_url}")
-
-
-def refuse_unreachable(model: PrunedForImageClassification, data: ImageData, args: MRPFConfig) -> None:
-    """Everything the pruning stage could refuse, before hours of training rather than after."""
+def refuse_unreachable(
+    model: PrunedForImageClassification, data: ImageData, round_args: RoundArguments, args: MRPFConfig
+) -> None:
+    """Everything the pruning stages could refuse, before hours of training rather than after."""
     calibration_batches(data.train, args.calibration_sets, args.calibration_set_size, seed=args.seed)
     example = torch.zeros(1, 3, data.image_size, data.image_size, device=args.device)
     limits = {name: getattr(args, name) for name in ("max_ratio", "min_channels", "round_to")}
-    plan_pruning(
-        model, example, target=args.target, target_metric=args.target_metric, allocation="uniform",
-        ignore=tuple(args.ignore), heads=args.prune_heads, **limits,
-    )  # fmt: skip
+    rounds, metric = round_args.pruning_rounds, args.target_metric
+    trial, kept = copy.deepcopy(model) if rounds > 1 else model, [1.0]
+    for number in range(1, rounds + 1):
+        target = round_target(args.target, number, rounds, kept[-1])
+        try:
+            plan = plan_pruning(
+                trial, example, target=target, target_metric=metric, allocation="uniform",
+                ignore=tuple(args.ignore), heads=args.prune_heads, **limits,
+            )  # fmt: skip
+        except ValueError as error:
+            which = f"round {number} of {rounds} ({target:.1%} of what the one before leaves): " if rounds > 1 else ""
+            raise ValueError(f"{which}{error}") from error
+        kept.append(kept[-1] * plan.achieved[metric])
+        if rounds > 1:
+            prune(trial, plan)
+    if rounds > 1:
+        steps = " -> ".join(f"{fraction_after(args.target, number, rounds):.1%}" for number in range(1, rounds + 1))
+        say(
+            args,
+            f"[rounds] {rounds} rounds keep {steps} of the dense model's {metric}; each takes at most "
+            f"{args.max_ratio:.0%} of a unit; epochs of training between them: {round_args.recovery_epochs:g}",
+        )
 
 
 def control_stage(run: RunFolder, config, data: ImageData, model_args: ModelArguments, args: MRPFConfig):
@@ -188,44 +162,46 @@ def control_stage(run: RunFolder, config, data: ImageData, model_args: ModelArgu
     return model
 
 
-def pruned_stage(run: RunFolder, dense, data: ImageData, args: MRPFConfig):
+def pruning_rounds(run: RunFolder, dense, data: ImageData, round_args: RoundArguments, args: MRPFConfig):
+    """Round after round, each on sensitivities of its own, with recovery between them; the one-shot run has one."""
+    model, plans, kept = dense, [], 1.0
+    for number, (stage, recovery) in enumerate(stage_names(round_args.pruning_rounds), start=1):
+        target = round_target(args.target, number, round_args.pruning_rounds, kept)
+        model, plan = pruned_stage(run, stage, model, data, dataclasses.replace(args, target=target))
+        plans.append(plan)
+        kept = plan.after[args.target_metric] / plans[0].before[args.target_metric]
+        if round_args.pruning_rounds > 1:
+            say(args, f"[{stage}] {kept:.1%} of the dense model's {args.target_metric} are left")
+        if number < round_args.pruning_rounds:
+            model = trained_stage(run, recovery, model, data, args, round_args.recovery_epochs)
+    return model, plans
+
+
+def pruned_stage(run: RunFolder, stage: str, model, data: ImageData, args: MRPFConfig):
     """Sensitivities, plan, removal, repair, BatchNorm recalibration."""
-    plan_file = run.stage("pruned") / "pruning_plan.json"
-    if finished := finished_model(run, "pruned", args):
+    plan_file = run.stage(stage) / "pruning_plan.json"
+    if finished := finished_model(run, stage, args):
         return finished, PruningPlan.load(plan_file)
     start = time.perf_counter()
-    stage_args = dataclasses.replace(args, output_dir=str(run.stage("pruned") / "training"), push_to_hub=False)
-    trainer = make_trainer(copy.deepcopy(dense), data, stage_args)
-    sensitivity_file = run.stage("pruned") / "sensitivity.json"
-    scores = kept_sensitivity(sensitivity_file, dense, args)
+    stage_args = dataclasses.replace(args, output_dir=str(run.stage(stage) / "training"), push_to_hub=False)
+    trainer = make_trainer(copy.deepcopy(model), data, stage_args)
+    sensitivity_file = run.stage(stage) / "sensitivity.json"
+    scores = kept_sensitivity(sensitivity_file, model, args)
     trainer.add_callback(KeepSensitivity(sensitivity_file))
     plan = trainer.prune(scores=scores)
     result = {"seconds": round(time.perf_counter() - start, 1), "steps": trainer.pruning_report}
     if trainer.repair_report is not None:
         result["repair"] = dataclasses.asdict(trainer.repair_report)
         for layer, reason in trainer.repair_report.left.items():
-            say(args, f"[pruned] {layer} is not repaired: {reason}")
+            say(args, f"[{stage}] {layer} is not repaired: {reason}")
     if args.process_index == 0:
         plan_file.parent.mkdir(parents=True, exist_ok=True)
         plan.save(plan_file)
-    model = finish(run, "pruned", trainer.model, result, args)
+    model = finish(run, stage, trainer.model, result, args)
     kept = ", ".join(f"{value:.1%} of {name}" for name, value in plan.achieved.items())
     steps = " -> ".join(f"{name} {figures['robust_accuracy']:.1%}" for name, figures in trainer.pruning_report.items())
-    say(args, f"[pruned] kept {kept} in {result['seconds']} s; validation robust accuracy {steps}")
+    say(args, f"[{stage}] kept {kept} in {result['seconds']} s; validation robust accuracy {steps}")
     return model, plan
-
-
-def finetuned_stage(run: RunFolder, pruned, data: ImageData, args: MRPFConfig):
-    """Adversarial fine-tuning of the pruned network."""
-    if finished := finished_model(run, "fine-tuned", args):
-        return finished
-    result = {"epochs": 0}
-    model = copy.deepcopy(pruned)
-    if args.num_train_epochs or args.max_steps > 0:
-        model, result = train(run, "fine-tuned", model, data, args)
-    model = finish(run, "fine-tuned", model, result, args)
-    say(args, f"[fine-tuned] {trained(args.objective, result)}{validation_figures(result)}")
-    return model
 
 
 def test_reports(run: RunFolder, models: dict, data: ImageData, args: MRPFConfig) -> dict[str, RobustnessReport]:
@@ -269,14 +245,17 @@ def result_rows(run: RunFolder, models: dict, reports: dict, args: MRPFConfig) -
     ]
 
 
-def write_result(run: RunFolder, model, plan: PruningPlan, reports, rows, data: ImageData, run_args, args) -> None:
+def write_result(
+    run: RunFolder, model, plans, reports, rows, data: ImageData, round_args: RoundArguments, run_args, args
+) -> None:
     """Writes everything into a draft, then moves it into the output folder at once."""
     draft = run.stage("result")
     shutil.rmtree(draft, ignore_errors=True)
     model.save_pretrained(draft)
-    plan.save(draft / "pruning_plan.json")
-    plot_sensitivity(plan, draft / "mrs.png")
-    stages = {name: run.stage_result(name) for name in ("dense", "pruned", "fine-tuned")}
+    write_plans(plans, draft / "pruning_plan.json")
+    plot_sensitivity(shown_plan(plans), draft / "mrs.png")
+    rounds = stage_names(round_args.pruning_rounds)
+    stages = {name: run.stage_result(name) for name in ("dense", *itertools.chain.from_iterable(rounds))}
     change = paired_difference(reports["fine-tuned"], reports["dense"], "pgd20")
     report = reports["fine-tuned"].to_dict() | {
         "table": [dataclasses.asdict(row) for row in rows],
@@ -286,7 +265,12 @@ def write_result(run: RunFolder, model, plan: PruningPlan, reports, rows, data: 
         "data": data.description,
     }
     write_json(draft / "robustness_report.json", report)
-    info = card_info(model, plan, reports, rows, stages, data, args)
+    info = card_info(model, plans, reports, rows, stages, data, args)
+    if len(plans) > 1:
+        epochs = round_args.recovery_epochs
+        recovery = f"{epochs:g} epoch{'' if epochs == 1 else 's'} of `{args.objective}`" if epochs else None
+        figures = [round_figures(stages[pruned], stages[after], args) for pruned, after in rounds]
+        info = dataclasses.replace(info, rounds=round_rows(plans, figures), recovery=recovery)
     if run_args.card_note:
         info = dataclasses.replace(info, notes=[*info.notes, run_args.card_note])
     write_json(run.stage("card.json"), info.to_dict())  # what the card can be rendered from again
@@ -296,7 +280,15 @@ def write_result(run: RunFolder, model, plan: PruningPlan, reports, rows, data: 
     say(args, f"result in {run.path}")
 
 
-def card_info(model, plan, reports, rows, stages, data: ImageData, args: MRPFConfig) -> CardInfo:
+def round_figures(pruned: dict, after: dict, args: MRPFConfig) -> dict[str, dict[str, float]]:
+    """Accuracies on the validation split after the pruning of a round, and after the training that followed."""
+    figures = {"pruned": list(pruned["steps"].values())[-1]} if pruned["steps"] else {}
+    if chosen := after.get("best" if args.load_best_model_at_end else "last"):
+        figures["trained"] = {name: chosen[f"eval_{name}"] for name in ("accuracy", "robust_accuracy")}
+    return figures
+
+
+def card_info(model, plans, reports, rows, stages, data: ImageData, args: MRPFConfig) -> CardInfo:
     """Everything the model card of the result says."""
     names = ("objective", "beta", "norm", "eps", "num_steps", "optim", "learning_rate", "weight_decay")
     names += ("lr_scheduler_type", "per_device_train_batch_size")
@@ -326,7 +318,7 @@ def card_info(model, plan, reports, rows, stages, data: ImageData, args: MRPFCon
         dataset_on_hub="/" in data.name,
         rows=rows,
         control=ResultRow.from_report("the same network, ordinary training", control) if control else None,
-        plan=PlanSummary.from_plan(plan),
+        plan=PlanSummary.from_plan(shown_plan(plans), rounds=len(plans)),
         pruning_steps=stages["pruned"]["steps"],
         selection={key: stages["fine-tuned"][key] for key in ("best", "last") if key in stages["fine-tuned"]},
         training=settings,

@@ -17,6 +17,8 @@ FLOORS = {
     "run_folder": 0,
     "report": 0,
     "checkpoints": 1,
+    "rounds": 0,
+    "launch": 0,
     "fingerprint": 0,
     "faults": 0,
     "processes": 0.1,
@@ -53,6 +55,8 @@ FLOORS = {
     "interruption": 0,
     "cli": 4,
     "console": 4,
+    "recipe_options": 5,
+    "delivery": 5,
     "stages": 7,
     "__init__": 8,
 }

@@ -1,0 +1,127 @@
+"""
+Trains a robust image classifier, dense: the model that recipes/prune.py can start from.
+
+    accelerate launch recipes/train.py
+    accelerate launch recipes/prune.py --model_name_or_path outputs/digits-dense
+
+The first command trains a small ResNet by TRADES on the handwritten digits that scikit-learn ships, the second prunes
+it without training it again. Figures are of the validation split: the test split is left to recipes/prune.py and
+recipes/evaluate.py.
+"""
+
+import dataclasses
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from hf_mrpf import MRPFConfig, RobustnessReport
+from hf_mrpf.cli import DataArguments, ModelArguments, RunArguments, build_model, load_data, own_config, run_settings
+from hf_mrpf.console import announce, quieten, report_errors, say
+from hf_mrpf.data import ImageData
+from hf_mrpf.delivery import check_repository_id, push_result, repository, shown_again
+from hf_mrpf.evaluation import evaluate_robustness
+from hf_mrpf.hub import write_record
+from hf_mrpf.interruption import resumable
+from hf_mrpf.launch import check_world_size
+from hf_mrpf.recipe_options import parse_recipe
+from hf_mrpf.results import results_table
+from hf_mrpf.run_folder import RunFolder, write_json
+from hf_mrpf.stages import check_forced_place, dense_stage, run_folder
+
+ATTACKS = ("clean", "fgsm", "pgd20", "cw")
+NOTE = (
+    "These are figures of the validation split, on which the best epoch was picked, so they flatter the model a "
+    "little; nothing has read the test split."
+)
+
+
+def parse_arguments():
+    return parse_recipe(
+        [DataArguments, ModelArguments, RunArguments, MRPFConfig],
+        without=("pruning", "base_epochs", "control_epochs"),
+        suffix="-dense",
+        usage="accelerate launch recipes/train.py [options]",
+        description=__doc__.split("\n\n")[0],
+    )
+
+
+def main() -> None:
+    data_args, model_args, run_args, args = parse_arguments()
+    check_world_size(args.world_size, run_args.expected_world_size)
+    announce(args)
+    quieten()
+    settings = run_settings(data_args, model_args, args)
+    run = run_folder(settings, args, overwrite=run_args.overwrite_output_dir)
+    run.check()
+    if shown_again(run, run_args, args):
+        return
+
+    check_forced_place(run, args)
+    check_repository_id(args)
+    start = own_config(model_args.model_name_or_path, model_args.model_revision)
+    data = load_data(data_args, model_args.image_size or (start and start.image_size), args.seed)
+    args.horizontal_flip = args.horizontal_flip and data.flip
+    torch.manual_seed(args.seed)
+    model = build_model(model_args, data).to(args.device)
+    if args.push_to_hub:
+        # The id in full is on the card; a token or a name that cannot work shows before any training.
+        args.hub_model_id = repository(args)
+
+    with run:
+        epochs = dataclasses.replace(model_args, base_epochs=args.num_train_epochs)
+        dense = dense_stage(run, model, data, epochs, args)
+        report = validation_report(run, dense, data, args)
+        if args.process_index == 0:
+            write_result(run, dense, report, data, run_args, args)
+            run.finish()
+            push_result(run, args)
+        args.distributed_state.wait_for_everyone()
+
+
+def validation_report(run: RunFolder, model, data: ImageData, args: MRPFConfig) -> RobustnessReport:
+    """How robust the model is on the split that its training was watched on."""
+    report = evaluate_robustness(
+        model, data.validation, ATTACKS, args.attack, seed=args.seed, batch_size=args.per_device_eval_batch_size,
+        data_name=data.name, progress=not args.disable_tqdm, distributed=args.world_size > 1,
+        journal=run.stage("evaluation") / "dense.jsonl",
+    )  # fmt: skip
+    say(args, f"[evaluation] dense, validation split: {report}")
+    return report
+
+
+def write_result(run: RunFolder, model, report: RobustnessReport, data: ImageData, run_args, args: MRPFConfig) -> None:
+    """Writes everything into a draft, then moves it into the output folder at once."""
+    draft, stage = run.stage("result"), run.stage_result("dense") or {}
+    shutil.rmtree(draft, ignore_errors=True)
+    model.save_pretrained(draft)
+    command = "accelerate launch " + shlex.join(sys.argv)
+    info = write_record(
+        draft,
+        model,
+        args.hub_model_id,
+        plans=(),
+        report=report,
+        split="validation",
+        settings=args.to_dict(),
+        pruning_steps={},
+        selection={key: stage[key] for key in ("best", "last") if key in stage},
+        model_name=args.hub_model_id.split("/")[-1] if args.hub_model_id else Path(args.output_dir).name,
+        dataset_config=data.description["dataset_config_name"],
+        dataset_on_hub="/" in data.name,
+        notes=[NOTE, *([run_args.card_note] if run_args.card_note else [])],
+        command=command.replace(args.hub_token, "***") if args.hub_token else command,
+    )
+    content = {"split": "validation", "table": [dataclasses.asdict(row) for row in info.rows]}
+    content |= {"stages": {"dense": stage}, "data": data.description}
+    write_json(draft / "robustness_report.json", report.to_dict() | content)
+    write_json(run.stage("card.json"), info.to_dict())  # what the card can be rendered from again
+    run.publish(draft)
+    say(args, results_table(info.rows))
+    say(args, f"result in {run.path}")
+
+
+if __name__ == "__main__":
+    report_errors(resumable(main))
