@@ -3,8 +3,10 @@
 import json
 import os
 import runpy
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -102,7 +104,7 @@ def parsed(*options: str):
         (
             "multi_node",
             ("--machine_rank", "1", "--main_process_ip", "10.0.0.1"),
-            {"machine_rank": 1, "main_process_ip": "10.0.0.1", "main_process_port": 29500, "same_network": True},
+            {"machine_rank": 1, "main_process_ip": "10.0.0.1", "main_process_port": 29500},
         ),
     ],
 )
@@ -209,6 +211,23 @@ def test_what_each_launch_starts(tmp_path, launcher, options, variables, found):
     (error,) = errors(result)
     assert found in error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_machines_are_one_run(tmp_path):
+    """Both are this one, by the loopback address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    node = [*ACCELERATE, "--config_file", str(CONFIGS / "multi_node.yaml"), "--num_processes", "2"]
+    node += ["--main_process_port", port, "--machine_rank"]
+    options = ("--output_dir", str(tmp_path / "run"), "--use_cpu", "--expected_world_size", "3")
+    with ThreadPoolExecutor(2) as pool:
+        started = [pool.submit(launch, [*node, rank], "train", *options) for rank in ("0", "1")]
+        results = [one.result() for one in started]
+    assert all(result.returncode != 0 for result in results)
+    (error,) = [line for result in results for line in errors(result)]
+    assert "The world size is 2" in error
 
 
 @pytest.mark.slow
