@@ -23,6 +23,7 @@ FLOORS = {
     "faults": 0,
     "processes": 0.1,
     "journal": 0.2,
+    "progress": 0,
     "calibration": 0.2,
     "batchnorm": 0.2,
     "weight_ascent": 1,
