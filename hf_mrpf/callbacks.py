@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -47,6 +48,7 @@ class Reading:
         attack (`str`): which attack on them, in words.
         train (`float`): of the training images since the evaluation before, under the training attack.
         epoch (`float`): when.
+        guess (`float`): accuracy of always guessing the most frequent class.
     """
 
     accuracy: float
@@ -54,16 +56,24 @@ class Reading:
     attack: str
     train: float
     epoch: float
+    guess: float = 0.0
+
+    @property
+    def variance(self) -> float:
+        """Of `accuracy`, as the share of so many independent images."""
+        return self.accuracy * (1 - self.accuracy) / self.images
 
 
 def margin(first: Reading, second: Reading) -> float:
     """The difference of two validation accuracies that sampling alone exceeds once in a hundred times, in [0, 1]."""
-    return Z * math.sqrt(sum(reading.accuracy * (1 - reading.accuracy) / reading.images for reading in (first, second)))
+    return Z * math.sqrt(first.variance + second.variance)
 
 
 def has_fallen(best: Reading, now: Reading) -> bool:
     """Whether validation accuracy lies below its best by more than the margin, and training accuracy above."""
-    return best.accuracy - now.accuracy > margin(best, now) and now.train > best.train
+    # A network that only guesses has a robustness, and may lose it as it begins to learn.
+    has_learnt = best.accuracy - best.guess > Z * math.sqrt(best.variance)
+    return has_learnt and best.accuracy - now.accuracy > margin(best, now) and now.train > best.train
 
 
 def has_collapsed(best: Reading, now: Reading) -> bool:
@@ -76,7 +86,8 @@ class OverfittingWatch(TrainerCallback, ExportableState):
     Notices robust and catastrophic overfitting at the evaluations of a training, and warns once of each.
 
     Both are seen as validation robust accuracy that falls below its best by more than sampling n images explains (2.576
-    standard errors of the difference), while accuracy on training images under the training attack has risen since.
+    standard errors of the difference), while accuracy on training images under the training attack has risen since. A
+    best that is no better than guessing does not count.
 
     - *Robust overfitting* ([Rice et al.](https://huggingface.co/papers/2002.11569)): so at two evaluations in a row.
     - *Catastrophic overfitting* ([Wong et al.](https://huggingface.co/papers/2001.03994),
@@ -121,7 +132,7 @@ class OverfittingWatch(TrainerCallback, ExportableState):
             self._train = state.global_step, metrics[f"{split}_train_robust_accuracy"]
         if self._train is None or self._train[0] != state.global_step:
             return
-        figures = {"train": self._train[1], "epoch": state.epoch}
+        figures = {"train": self._train[1], "epoch": state.epoch, "guess": _guess(data)}
         seen = f"PGD-{args.eval_num_steps}"
         now = Reading(metrics[f"{split}_robust_accuracy"], len(data), seen, **figures)
         best = self._best(split, now)
@@ -149,6 +160,12 @@ class OverfittingWatch(TrainerCallback, ExportableState):
         self.warnings.append({"kind": kind, "epoch": state.epoch, "step": state.global_step, "message": message})
         if state.is_world_process_zero:
             logger.warning(message)
+
+
+def _guess(data: Any) -> float:
+    if not isinstance(data, Dataset):
+        return 0.0
+    return max(Counter(data["labels"][:]).values()) / len(data)
 
 
 def _is_weak(args: MRPFConfig) -> bool:
