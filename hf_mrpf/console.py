@@ -89,8 +89,7 @@ class StageProgress(ProgressCallback):
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         if state.is_world_process_zero and has_length(eval_dataloader):
             if self.prediction_bar is None:
-                alone = self.training_bar is None
-                self.prediction_bar = progress_bar(len(eval_dataloader), "validation", "batch", leave=alone)
+                self.prediction_bar = progress_bar(len(eval_dataloader), "validation", "batch", leave=False)
             self.prediction_bar.update(1)
 
     def on_log(self, args, state, control, logs=None, **kwargs):

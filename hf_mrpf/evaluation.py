@@ -138,7 +138,7 @@ def evaluate_robustness(
     image_size = image_size if isinstance(image_size, int) else None
     expected, questions = _count(data, num_samples), 1 + len(names)
     total = None if expected is None else expected * questions
-    bar = progress_bar(total, "clean", "attacked image", shown=progress and processes.is_main)
+    bar = progress_bar(total, "evaluation", "attacked image", shown=progress and processes.is_main)
     with eval_mode(network), frozen(network), Journal(journal, subject, processes) as kept, bar:
         known = {image: outcome for entry in kept.entries for image, outcome in entry.items()}
         together = batch_size * processes.count
@@ -157,6 +157,7 @@ def evaluate_robustness(
             outcomes += [known[key] for key in keys]
             # Images of the journal, and those that other processes attacked.
             bar.update(len(images) * questions - (bar.n - shown))
+        bar.set_description("evaluation")
     columns = list(zip(*outcomes, strict=True)) or [()] * (2 + len(names))
     verdicts = {
         name: [bit == "1" for bit in column] for name, column in zip(("clean", *names), columns[1:], strict=True)
@@ -301,7 +302,7 @@ def _outcomes(
     answers = [blind, correct]
     bar.update(len(images))
     for name, spec in names.items():
-        bar.set_description(name)
+        bar.set_description(f"evaluation, {name}")
         answers.append(_robust(model, images, labels, indices, correct, spec, attack, seed))
         bar.update(len(images))
     return ["".join("01"[bit] for bit in bits) for bits in torch.stack(answers, 1).tolist()]
