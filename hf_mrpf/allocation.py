@@ -9,6 +9,8 @@ Widths = dict[str, int]
 
 # Halving an interval of doubles more often than this changes nothing.
 _HALVINGS = 100
+# Nominal targets nearer than this are the same to `meet_target`.
+_CLOSE = 1e-6
 
 
 def mrs(
@@ -159,6 +161,7 @@ def meet_target(
     wanted: float,
     *,
     lowest: float,
+    to_come: Callable[[int], None] = lambda candidates: None,
 ) -> Widths:
     """
     Choose widths whose measured size is as near to `wanted` as whole channels allow.
@@ -173,6 +176,8 @@ def meet_target(
         order (`Mapping[str, float]`): units of low values give up a channel first.
         wanted (`float`): size to meet.
         lowest (`float`): smallest nominal target that the allocation takes.
+        to_come (`Callable[[int], None]`, *optional*): told how many more candidates will be measured, once that is
+            known.
 
     Returns:
         `dict[str, int]`: width of each unit.
@@ -180,7 +185,8 @@ def meet_target(
     small: Widths = {name: widths[0] for name, widths in options.items()}
     large: Widths = {name: widths[-1] for name, widths in options.items()}
     low, high = lowest, 1.0
-    while high - low > 1e-6:
+    to_come(math.ceil(math.log2((high - low) / _CLOSE)))
+    while high - low > _CLOSE:
         middle = (low + high) / 2
         widths = widths_at(middle)
         if size(widths) > wanted:
@@ -192,18 +198,25 @@ def meet_target(
         for name in large
         for rank, width in enumerate(sorted((w for w in options[name] if small[name] <= w < large[name]), reverse=True))
     )
+    to_come(1 + len(steps))
     current = best = large
+    gap = abs(size(best) - wanted)
     for _, _, name, width in steps:
         current = current | {name: width}
-        if abs(size(current) - wanted) < abs(size(best) - wanted):
-            best = current
-    return _nudged(size, options, best, wanted)
+        if (closer := abs(size(current) - wanted)) < gap:
+            best, gap = current, closer
+    return _nudged(size, options, best, wanted, to_come)
 
 
 def _nudged(
-    size: Callable[[Widths], int], options: Mapping[str, Sequence[int]], widths: Widths, wanted: float
+    size: Callable[[Widths], int],
+    options: Mapping[str, Sequence[int]],
+    widths: Widths,
+    wanted: float,
+    to_come: Callable[[int], None],
 ) -> Widths:
     """Where wide steps left a gap, move single units to the next width while that brings the cost nearer."""
+    to_come(1)
     while (gap := abs(size(widths) - wanted)) > 0.005 * wanted:
         moves = [
             widths | {name: choices[position]}
@@ -211,6 +224,7 @@ def _nudged(
             for position in (choices.index(widths[name]) - 1, choices.index(widths[name]) + 1)
             if 0 <= position < len(choices)
         ]
+        to_come(len(moves) + 2)
         best = min(moves, key=lambda move: abs(size(move) - wanted), default=widths)
         if abs(size(best) - wanted) >= gap:
             break

@@ -156,12 +156,15 @@ class MRPFConfig(TrainingArguments):
     label_names: list[str] | None = field(default_factory=lambda: ["labels"], metadata={"help": "Label columns."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "As in DistributedDataParallel."})
     ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "As in DistributedDataParallel."})
+    log_level_replica: str = field(default="error", metadata={"help": "As --log_level, on processes above 0."})
     metric_for_best_model: str | None = field(
         default="robust_accuracy", metadata={"help": "Metric of the validation split that picks the best epoch."}
     )
 
     def __post_init__(self) -> None:
         self._check_values()
+        if self.disable_tqdm is None and self.log_level in ("error", "critical"):
+            self.disable_tqdm = True
         wanted = str(getattr(self.optim, "value", self.optim))
         if self.optim_args is None and wanted == "sgd":
             self.optim_args = SGD_ARGUMENTS

@@ -6,7 +6,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from .cli import RunArguments
 from .config import MRPFConfig
-from .console import say
+from .console import say, show
 from .hub import create_repository, push_folder
 from .results import results_table
 from .run_folder import RunFolder, read_json
@@ -17,7 +17,7 @@ def shown_again(run: RunFolder, run_args: RunArguments, args: MRPFConfig) -> boo
     if not run.finished or run_args.overwrite_output_dir:
         return False
     say(args, f"{run.path} is finished with these settings; --overwrite_output_dir would start again.")
-    say(args, results_table(read_json(run.path / "robustness_report.json")["table"]))
+    show(args, results_table(read_json(run.path / "robustness_report.json")["table"]))
     push_result(run, args)
     return True
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .attacks import AttackConfig, check_pixels, eval_mode, frozen, keyed_start, logits_of, pgd_attack
 from .data import as_pixel_dataset, batches, stratified_order
 from .fingerprint import images_sha256, weights_sha256
 from .journal import Journal
 from .processes import Processes
+from .progress import Bar, progress_bar
 from .report import PairedDifference, RobustnessReport, package_versions, paired_difference, wilson_interval
 
 __all__ = [
@@ -136,23 +136,28 @@ def evaluate_robustness(
     network = _in_float32(model)
     image_size = getattr(getattr(model, "config", None), "image_size", None)
     image_size = image_size if isinstance(image_size, int) else None
-    bar = tqdm(total=_count(data, num_samples), unit="image", disable=not (progress and processes.is_main))
+    expected, questions = _count(data, num_samples), 1 + len(names)
+    total = None if expected is None else expected * questions
+    bar = progress_bar(total, "evaluation", "attacked image", shown=progress and processes.is_main)
     with eval_mode(network), frozen(network), Journal(journal, subject, processes) as kept, bar:
         known = {image: outcome for entry in kept.entries for image, outcome in entry.items()}
         together = batch_size * processes.count
         for indices, images, labels in _indexed_batches(data, num_samples, seed, together, image_size):
             _add_to(fingerprint, indices, images, labels)
             keys = [f"{index} {digest}" for index, digest in zip(indices, images_sha256(images, labels), strict=True)]
+            shown = bar.n
             missing = [position for position, key in enumerate(keys) if key not in known]
             if missing:
                 mine = missing[processes.share(len(missing))]
                 batch = [indices[i] for i in mine], images[mine].to(weight.device), labels[mine].to(weight.device)
-                found = _outcomes(network, *batch, names, attack, seed) if mine else []
+                found = _outcomes(network, *batch, names, attack, seed, bar) if mine else []
                 entry = dict(zip([keys[i] for i in missing], chain.from_iterable(processes.gather(found)), strict=True))
                 kept.add(entry)
                 known |= entry
             outcomes += [known[key] for key in keys]
-            bar.update(len(images))
+            # Images of the journal, and those that other processes attacked.
+            bar.update(len(images) * questions - (bar.n - shown))
+        bar.set_description("evaluation")
     columns = list(zip(*outcomes, strict=True)) or [()] * (2 + len(names))
     verdicts = {
         name: [bit == "1" for bit in column] for name, column in zip(("clean", *names), columns[1:], strict=True)
@@ -289,12 +294,17 @@ def _outcomes(
     names: Mapping[str, NamedAttack],
     attack: AttackConfig,
     seed: int,
+    bar: Bar,
 ) -> list[str]:
     """For each image one digit a question: has it no gradient, is it right as it is, does it withstand each attack."""
     logits, blind = _clean_logits(model, images, labels, indices, gradient=bool(names))
     correct = logits.argmax(1) == labels
     answers = [blind, correct]
-    answers += [_robust(model, images, labels, indices, correct, spec, attack, seed) for spec in names.values()]
+    bar.update(len(images))
+    for name, spec in names.items():
+        bar.set_description(f"evaluation, {name}")
+        answers.append(_robust(model, images, labels, indices, correct, spec, attack, seed))
+        bar.update(len(images))
     return ["".join("01"[bit] for bit in bits) for bits in torch.stack(answers, 1).tolist()]
 
 

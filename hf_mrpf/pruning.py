@@ -18,6 +18,7 @@ from .importance import get_importance
 from .modeling import PrunedForImageClassification, describe_pruning
 from .plan import PruningPlan, check_fits, removed_fraction, trace_for
 from .processes import Processes
+from .progress import progress_bar
 from .report import package_versions
 from .selection import importance_by_channel, most_important
 from .sensitivity import (
@@ -51,6 +52,7 @@ def plan_pruning(
     heads: bool = False,
     seed: int = 0,
     distributed: bool = False,
+    progress: bool = False,
 ) -> PruningPlan:
     """
     Plan which channels to remove so that a fraction of the cost stays. The model is not changed.
@@ -99,6 +101,9 @@ def plan_pruning(
         distributed (`bool`, *optional*, defaults to `False`):
             Whether every process of the group makes this same call: each then takes a share of the images, and all get
             the same plan.
+        progress (`bool`, *optional*, defaults to `False`):
+            Whether to show progress bars: of the sensitivities, where they are measured here, and of the candidate
+            widths that the search measures.
 
     Returns:
         [`PruningPlan`].
@@ -130,7 +135,9 @@ def plan_pruning(
     unit_scores: dict[str, float] = {}
     if scores is None and allocation == "mrs" and calibration is not None:
         groups = {unit.name: unit.members for unit in graph.units} if combine == "joint" else None
-        scores = module_robustness_sensitivity(model, *calibration, seed=seed, groups=groups, distributed=distributed)
+        scores = module_robustness_sensitivity(
+            model, *calibration, seed=seed, groups=groups, distributed=distributed, progress=progress
+        )
     if scores is not None:
         module_scores, unit_scores = _scores_by_unit(model, graph, scores, combine)
     processes = Processes.of(distributed)
@@ -151,14 +158,19 @@ def plan_pruning(
         ratios = allocate(given_scores, free_widths, costs, nominal, max_ratio=max_ratio)
         return {name: nearest_width(options[name], free_widths[name] * (1 - ratio)) for name, ratio in ratios.items()}
 
-    widths = meet_target(
-        lambda candidate: graph.size(candidate)[target_metric],
-        options,
-        widths_at,
-        order,
-        target * before[target_metric],
-        lowest=1 - max_ratio,
-    )
+    bar = progress_bar(0, "pruning search", "candidate", shown=progress and processes.is_main)
+
+    def to_come(candidates: int) -> None:
+        bar.total += candidates
+
+    def size(candidate: Widths) -> int:
+        bar.update()
+        return graph.size(candidate)[target_metric]
+
+    with bar:
+        wanted = target * before[target_metric]
+        widths = meet_target(size, options, widths_at, order, wanted, lowest=1 - max_ratio, to_come=to_come)
+        bar.total = bar.n
     after = graph.size(widths)
     kept = {
         unit.name: most_important(graph, unit, importances, widths.get(unit.name, unit.width)) for unit in graph.units

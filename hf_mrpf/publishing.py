@@ -45,7 +45,7 @@ class PublishingTrainer(Trainer):
         """
         rows: dict[int, dict[str, float]] = {}
         for row in self.state.log_history:
-            figures = {key: value for key, value in row.items() if key.endswith("accuracy")}
+            figures = {key: value for key, value in row.items() if key.startswith("eval_") and key.endswith("accuracy")}
             if figures:  # several validation splits log one row each
                 rows.setdefault(int(row["step"]), {"epoch": row["epoch"], "step": row["step"]}).update(figures)
         if not rows:

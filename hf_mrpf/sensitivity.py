@@ -11,7 +11,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .attacks import AttackConfig, check_pixels, eval_mode, frozen
 from .attention import attention_slices
@@ -19,6 +18,7 @@ from .calibration import attacked_batches
 from .fingerprint import images_sha256, weights_sha256
 from .journal import Journal
 from .processes import Processes
+from .progress import progress_bar
 from .weight_ascent import Piece, RobustLoss, ascend, norm
 
 SCORED_MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -186,12 +186,7 @@ def module_robustness_sensitivity(
     # The attack of each set, and the loss and gradient that its scores start from.
     forwards = backwards = len(sets) * (1 + (attack.num_steps if attack.eps > 0 else 0))
     subject = _subject(settings, model, sets) if journal else {}
-    bar = tqdm(
-        total=len(sets) * len(targets),
-        desc="sensitivity",
-        unit="module",
-        disable=not (progress and processes.is_main),
-    )
+    bar = progress_bar(len(sets) * len(targets), "sensitivity", "module", shown=progress and processes.is_main)
     with eval_mode(model), frozen(model), Journal(journal, subject, processes) as kept, bar:
         for number, (images, labels) in enumerate(sets):
             known = {entry["name"]: entry for entry in kept.entries if entry["set"] == number}

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
 from .checkpoints import check_complete, newest_complete, written_by
 from .cli import ModelArguments, own_config, starts_fresh
@@ -17,20 +18,33 @@ from .console import StageProgress, say
 from .data import ImageData
 from .fingerprint import weights_sha256
 from .interruption import StopBetweenSteps, stopping_between_steps
+from .logs import end_of_run
 from .modeling import PrunedForImageClassification
 from .processes import Processes
 from .run_folder import STAGES, RunFolder, read_json, write_json
 from .sensitivity import SensitivityResult
+from .stage_lines import pruned_before, stage_line, training_figures
 from .trainer import MRPFTrainer
 
 
 def make_trainer(model, data: ImageData, args: MRPFConfig) -> MRPFTrainer:
-    """The trainer of a stage, with one progress bar in place of a line an epoch."""
+    """The trainer of a stage: progress bars, but no line an epoch; TensorBoard's files stay when checkpoints go."""
     trainer = MRPFTrainer(model=model, args=args, train_dataset=data.train, eval_dataset=data.validation)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(StageProgress())
     trainer.add_callback(StopBetweenSteps())
+    trainer.pop_callback(PrinterCallback)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(Path(str(args.output_dir)).parent / "logs")
     return trainer
+
+
+def stage_arguments(run: RunFolder, stage: str, args: MRPFConfig, **changes) -> MRPFConfig:
+    """The settings of a stage, whose folder for checkpoints and whose name in the reporters are its own."""
+    name = f"{args.run_name or run.path.name}-{stage}"
+    folder = str(run.stage(stage) / "training")
+    return dataclasses.replace(args, output_dir=folder, run_name=name, push_to_hub=False, **changes)
 
 
 def run_folder(settings: dict[str, Any], args: MRPFConfig, *, overwrite: bool) -> RunFolder:
@@ -85,15 +99,15 @@ def place_to_go_on(folder: Path, args: MRPFConfig) -> Path | None:
 def train(run: RunFolder, stage: str, model, data: ImageData, args: MRPFConfig, **changes) -> tuple:
     """Trains `model` in the stage's own folder; goes on from a checkpoint where there is one."""
     folder = run.stage(stage) / "training"
-    stage_args = dataclasses.replace(args, output_dir=str(folder), push_to_hub=False, **changes)
-    trainer = make_trainer(model, data, stage_args)
+    trainer = make_trainer(model, data, stage_arguments(run, stage, args, **changes))
     last = place_to_go_on(folder, args)
     start = time.perf_counter()
     with stopping_between_steps():
         trainer.train(resume_from_checkpoint=last)
+    end_of_run(args)
     result: dict[str, Any] = {"epochs": round(trainer.state.epoch, 2), "steps": trainer.state.global_step}
     result |= {"seconds": round(time.perf_counter() - start, 1), "resumed_from": last and last.name}
-    return trainer.model, result | trainer.best_and_last()
+    return trainer.model, result | {"warnings": trainer.warnings} | trainer.best_and_last()
 
 
 def finish(run: RunFolder, stage: str, model, result: dict, args: MRPFConfig) -> PrunedForImageClassification:
@@ -129,7 +143,7 @@ def finished_model(run: RunFolder, stage: str, args: MRPFConfig) -> PrunedForIma
         raise ValueError(error)
     if not finished:
         return None
-    say(args, f"[{stage}] kept from before")
+    say(args, stage_line(stage, (run.stage_result(stage) or {}).get("figures", {}), "kept from before"))
     return _saved_model(run, stage, args)
 
 
@@ -164,7 +178,7 @@ def kept_sensitivity(file: Path, model: nn.Module, args: MRPFConfig) -> Sensitiv
     if error:
         raise ValueError(error)
     if kept is not None:
-        say(args, f"[{file.parent.name}] sensitivities kept from before")
+        say(args, stage_line(file.parent.name, {"modules": len(kept)}, "sensitivities kept from before"))
     return kept
 
 
@@ -176,23 +190,9 @@ def _drop_checkpoints(run: RunFolder, stage: str) -> None:
     shutil.rmtree(run.stage(stage) / "training", ignore_errors=True)
 
 
-def trained(objective: str, result: dict) -> str:
-    """What a stage's training did, in a few words."""
-    if not result["epochs"]:
-        return "taken as it is"
-    since = f" since {result['resumed_from']}" if result["resumed_from"] else ""
-    return f"{objective} for {result['epochs']:g} epochs, {result['seconds']} s{since}"
-
-
-def validation_figures(result: dict) -> str:
-    best = result.get("best")
-    if not best:
-        return ""
-    last = result["last"]
-    return (
-        f"; validation best (epoch {best['epoch']:g}) {best['eval_accuracy']:.1%} clean, "
-        f"{best['eval_robust_accuracy']:.1%} robust, last {last['eval_robust_accuracy']:.1%} robust"
-    )
+def tell(stage: str, result: dict, args: MRPFConfig) -> None:
+    """Prints the line of a stage that has just ended: the figures of its `stage.json`."""
+    say(args, stage_line(stage, result["figures"], "" if result.get("epochs", 1) else "taken as it is"))
 
 
 def dense_stage(run: RunFolder, model, data: ImageData, model_args: ModelArguments, args: MRPFConfig):
@@ -213,15 +213,27 @@ def dense_stage(run: RunFolder, model, data: ImageData, model_args: ModelArgumen
     if epochs:
         model, result = train(run, "dense", model, data, args, num_train_epochs=epochs)
     result["start"] = start
+    result["figures"] = training_figures(args.objective, result)
     model = finish(run, "dense", model, result, args)
-    say(args, f"[dense] {trained(args.objective, result)}{validation_figures(result)}")
+    tell("dense", result, args)
     return model
 
 
 def trained_stage(
-    run: RunFolder, stage: str, model, data: ImageData, args: MRPFConfig, epochs: float | None = None
+    run: RunFolder,
+    stage: str,
+    model,
+    data: ImageData,
+    args: MRPFConfig,
+    epochs: float | None = None,
+    *,
+    after: str,
 ) -> PrunedForImageClassification:
-    """A copy of `model` after adversarial training, of `epochs` or else of what `args` say; with none, as it is."""
+    """
+    A copy of `model` after adversarial training, of `epochs` or else of what `args` say; with none, as it is.
+
+    `after` is the stage that pruned it, whose shares kept the line of this one repeats.
+    """
     if finished := finished_model(run, stage, args):
         return finished
     changes = {} if epochs is None else {"num_train_epochs": epochs}
@@ -230,6 +242,7 @@ def trained_stage(
     model = copy.deepcopy(model)
     if wanted:
         model, result = train(run, stage, model, data, args, **changes)
+    result["figures"] = training_figures(args.objective, result, pruned_before(run.stage_result(after)))
     model = finish(run, stage, model, result, args)
-    say(args, f"[{stage}] {trained(args.objective, result)}{validation_figures(result)}")
+    tell(stage, result, args)
     return model

@@ -11,10 +11,11 @@ import torch
 from accelerate.utils import broadcast, broadcast_object_list
 from datasets import Dataset
 from torch import nn
-from transformers import EvalPrediction, PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
 
-from .attacks import eval_mode, keyed_start, logits_of, pgd_attack
+from .attacks import eval_mode, logits_of
 from .batchnorm import average_statistics, recalibrate_batchnorm
+from .callbacks import SeedEachRank
 from .checkpoints import best_beside, check_complete, discard, mark_complete, newest_complete, rotate
 from .config import MRPFConfig
 from .data import (
@@ -28,23 +29,18 @@ from .data import (
 )
 from .efficiency import count_macs, count_parameters
 from .faults import is_out_of_memory, out_of_memory
+from .measuring import MeasuringTrainer
 from .objectives import Objective, get_objective
 from .plan import PruningPlan, removed_fraction
 from .processes import Processes, check_same_model
+from .progress import shows_progress
 from .pruning import plan_pruning, prune
-from .publishing import PublishingTrainer
 from .repair import RepairReport, repair
 from .sensitivity import check_finite_weights, module_robustness_sensitivity
 from .units import pruning_units
 
-
-class SeedEachRank(TrainerCallback):
-    """Gives every process its own random stream: `Trainer` seeds all alike."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        # Not earlier: the order of the training data must be drawn from the seed that all ranks share.
-        if args.world_size > 1:
-            torch.manual_seed(args.seed + 1_000_003 * args.process_index)
+# What each step of pruning is reported with.
+MEASURED = ("accuracy", "robust_accuracy", "adversarial_loss_gap")
 
 
 class AverageBatchNorm(TrainerCallback):
@@ -55,7 +51,7 @@ class AverageBatchNorm(TrainerCallback):
         average_statistics(kwargs["model"], Processes.of(args.world_size > 1))
 
 
-class MRPFTrainer(PublishingTrainer):
+class MRPFTrainer(MeasuringTrainer):
     r"""
     `Trainer` with `prune()`: Module Robustness Sensitivity, structured removal, repair; then adversarial fine-tuning.
 
@@ -96,7 +92,6 @@ class MRPFTrainer(PublishingTrainer):
         check_finite_weights(model)
         self._image_size = getattr(getattr(model, "config", None), "image_size", None)
         self._num_labels = getattr(getattr(model, "config", None), "num_labels", None)
-        self._clean_metrics = compute_metrics
         self.objective: Objective = get_objective(args.objective)
         self.plans: list[PruningPlan] = []
         self._checked_checkpoint: str | None = None
@@ -114,7 +109,7 @@ class MRPFTrainer(PublishingTrainer):
             data_collator=kwargs.pop("data_collator", collate_pixels),
             train_dataset=train_dataset,
             eval_dataset=self._indexed(eval_dataset),
-            compute_metrics=self._metrics,
+            compute_metrics=compute_metrics,
             **kwargs,
         )
         # Every objective is a mean over its batch: the Trainer divides it by the accumulation steps.
@@ -223,6 +218,7 @@ class MRPFTrainer(PublishingTrainer):
         self._start_afresh(model)
         self._check_same("after pruning")
         self.plans.append(plan)
+        self._log_pruning(plan)
         self._fire("on_prune_end", plan=plan)
         return plan
 
@@ -241,7 +237,7 @@ class MRPFTrainer(PublishingTrainer):
                 num_steps=args.sensitivity_steps,
                 seed=args.seed,
                 groups=groups,
-                progress=not args.disable_tqdm,
+                progress=shows_progress(args),
                 distributed=args.world_size > 1,
                 journal=Path(str(args.output_dir)) / "sensitivity.jsonl",
             )
@@ -264,6 +260,7 @@ class MRPFTrainer(PublishingTrainer):
             heads=args.prune_heads,
             seed=args.seed,
             distributed=args.world_size > 1,
+            progress=shows_progress(args),
         )
 
     def _fire(self, event: str, **payload: Any) -> Any:
@@ -287,9 +284,9 @@ class MRPFTrainer(PublishingTrainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ProgressCallback):  # closes its bar; other callbacks would take it for an epoch
                 callback.on_evaluate(self.args, self.state, self.control)
-        self.pruning_report[step] = {name: metrics[f"{step}_{name}"] for name in ("accuracy", "robust_accuracy")} | {
-            "num_samples": output.num_samples
-        }
+        self.pruning_report[step] = {
+            name: metrics[f"{step}_{name}"] for name in MEASURED if f"{step}_{name}" in metrics
+        } | {"num_samples": output.num_samples}
 
     def _start_afresh(self, model: nn.Module) -> None:
         """Forgets everything that points at the parameters before pruning: they are no longer the model's."""
@@ -345,6 +342,8 @@ class MRPFTrainer(PublishingTrainer):
             raise ValueError(f"The objective returned a {type(output).__name__}; it must return an ObjectiveOutput.")
         if not torch.isfinite(output.loss):
             self._stop(f"The loss is {output.loss.item()} at step {self.state.global_step + 1}")
+        if model.training:
+            self._meter.add(output, labels)
         return (output.loss, {"logits": output.logits}) if return_outputs else output.loss
 
     def _stop(self, reason: str) -> None:
@@ -450,29 +449,6 @@ class MRPFTrainer(PublishingTrainer):
         # would then train again since the best.
         with self._nothing_removed():
             return super()._finalize_training(*args, **kwargs)
-
-    # ---- Evaluation -------------------------------------------------------------------------------------------------
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Clean logits and logits under PGD of `eval_num_steps` steps; the loss is the clean cross-entropy."""
-        inputs = self._prepare_inputs(inputs)
-        images, labels = inputs["pixel_values"], inputs["labels"]
-        attacked, attack = self.accelerator.unwrap_model(model), self.args.eval_attack
-        start = keyed_start(images, inputs.get("index", range(len(images))), attack, self.args.seed)
-        adversarial = pgd_attack(attacked, images, labels, attack, start=start)
-        with torch.no_grad():
-            logits, adversarial_logits = logits_of(attacked(images)).float(), logits_of(attacked(adversarial)).float()
-        loss = nn.functional.cross_entropy(logits, labels)
-        return (loss, None, None) if prediction_loss_only else (loss, (logits, adversarial_logits), labels)
-
-    def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        logits, adversarial_logits = prediction.predictions  # type: ignore[misc]
-        correct = logits.argmax(-1) == prediction.label_ids
-        robust = correct & (adversarial_logits.argmax(-1) == prediction.label_ids)
-        metrics = {"accuracy": float(correct.mean()), "robust_accuracy": float(robust.mean())}
-        if self._clean_metrics is not None:
-            metrics |= self._clean_metrics(EvalPrediction(predictions=logits, label_ids=prediction.label_ids))
-        return metrics
 
 
 def _check_classes(model: nn.Module, dataset: Dataset) -> None:

@@ -34,7 +34,7 @@ from hf_mrpf.cli import (
     own_config,
     run_settings,
 )
-from hf_mrpf.console import announce, quieten, report_errors, say
+from hf_mrpf.console import announce, quieten, report_errors, say, show
 from hf_mrpf.data import ImageData, calibration_batches
 from hf_mrpf.delivery import check_repository_id, push_result, repository, shown_again
 from hf_mrpf.efficiency import count_macs, count_parameters, device_name, file_size, measure_latency
@@ -43,13 +43,16 @@ from hf_mrpf.figures import plot_sensitivity
 from hf_mrpf.hub import shown_plan, write_plans
 from hf_mrpf.interruption import resumable
 from hf_mrpf.launch import check_world_size
+from hf_mrpf.logs import end_of_run
 from hf_mrpf.model_card import CardInfo, PlanSummary, render_card
+from hf_mrpf.progress import shows_progress
 from hf_mrpf.pruning import plan_pruning, prune
 from hf_mrpf.recipe_options import parse_recipe
 from hf_mrpf.report import paired_difference
 from hf_mrpf.results import ResultRow, results_table
 from hf_mrpf.rounds import fraction_after, round_rows, round_target, stage_names
 from hf_mrpf.run_folder import RunFolder, write_json
+from hf_mrpf.stage_lines import evaluation_figures, pruning_figures, stage_line, training_figures
 from hf_mrpf.stages import (
     KeepSensitivity,
     check_forced_place,
@@ -59,8 +62,9 @@ from hf_mrpf.stages import (
     kept_sensitivity,
     make_trainer,
     run_folder,
+    stage_arguments,
+    tell,
     train,
-    trained,
     trained_stage,
 )
 
@@ -104,7 +108,7 @@ def main() -> None:
         dense = dense_stage(run, model, data, model_args, args)
         control = control_stage(run, model.config, data, model_args, args)
         pruned, plans = pruning_rounds(run, dense, data, round_args, args)
-        finetuned = trained_stage(run, "fine-tuned", pruned, data, args)
+        finetuned = trained_stage(run, "fine-tuned", pruned, data, args, after="pruned")
         models = {"dense": dense, "pruned": pruned, "fine-tuned": finetuned}
         reports = test_reports(run, models | ({"control": control} if control else {}), data, args)
         if args.process_index == 0:
@@ -157,50 +161,51 @@ def control_stage(run: RunFolder, config, data: ImageData, model_args: ModelArgu
     changes = {"objective": "standard", "num_train_epochs": model_args.control_epochs}
     changes |= {"load_best_model_at_end": False, "eval_strategy": "no"}
     model, result = train(run, "control", model, data, args, **changes)
+    result["figures"] = training_figures("standard", result)
     model = finish(run, "control", model, result, args)
-    say(args, f"[control] {trained('standard', result)}")
+    tell("control", result, args)
     return model
 
 
 def pruning_rounds(run: RunFolder, dense, data: ImageData, round_args: RoundArguments, args: MRPFConfig):
     """Round after round, each on sensitivities of its own, with recovery between them; the one-shot run has one."""
-    model, plans, kept = dense, [], 1.0
+    model, plans, kept, dense_size = dense, [], 1.0, None
     for number, (stage, recovery) in enumerate(stage_names(round_args.pruning_rounds), start=1):
         target = round_target(args.target, number, round_args.pruning_rounds, kept)
-        model, plan = pruned_stage(run, stage, model, data, dataclasses.replace(args, target=target))
+        model, plan = pruned_stage(run, stage, model, data, dataclasses.replace(args, target=target), dense_size)
         plans.append(plan)
+        dense_size = plans[0].before
         kept = plan.after[args.target_metric] / plans[0].before[args.target_metric]
-        if round_args.pruning_rounds > 1:
-            say(args, f"[{stage}] {kept:.1%} of the dense model's {args.target_metric} are left")
         if number < round_args.pruning_rounds:
-            model = trained_stage(run, recovery, model, data, args, round_args.recovery_epochs)
+            model = trained_stage(run, recovery, model, data, args, round_args.recovery_epochs, after=stage)
     return model, plans
 
 
-def pruned_stage(run: RunFolder, stage: str, model, data: ImageData, args: MRPFConfig):
-    """Sensitivities, plan, removal, repair, BatchNorm recalibration."""
+def pruned_stage(
+    run: RunFolder, stage: str, model, data: ImageData, args: MRPFConfig, dense: dict[str, int] | None = None
+):
+    """Sensitivities, plan, removal, repair, BatchNorm recalibration; `dense` is what the first round began with."""
     plan_file = run.stage(stage) / "pruning_plan.json"
     if finished := finished_model(run, stage, args):
         return finished, PruningPlan.load(plan_file)
     start = time.perf_counter()
-    stage_args = dataclasses.replace(args, output_dir=str(run.stage(stage) / "training"), push_to_hub=False)
-    trainer = make_trainer(copy.deepcopy(model), data, stage_args)
+    trainer = make_trainer(copy.deepcopy(model), data, stage_arguments(run, stage, args))
     sensitivity_file = run.stage(stage) / "sensitivity.json"
     scores = kept_sensitivity(sensitivity_file, model, args)
     trainer.add_callback(KeepSensitivity(sensitivity_file))
     plan = trainer.prune(scores=scores)
+    end_of_run(args)
     result = {"seconds": round(time.perf_counter() - start, 1), "steps": trainer.pruning_report}
+    result["figures"] = pruning_figures(plan, result, dense or plan.before)
     if trainer.repair_report is not None:
         result["repair"] = dataclasses.asdict(trainer.repair_report)
         for layer, reason in trainer.repair_report.left.items():
-            say(args, f"[{stage}] {layer} is not repaired: {reason}")
+            say(args, stage_line(stage, {"layer": layer, "reason": reason}, "not repaired"))
     if args.process_index == 0:
         plan_file.parent.mkdir(parents=True, exist_ok=True)
         plan.save(plan_file)
     model = finish(run, stage, trainer.model, result, args)
-    kept = ", ".join(f"{value:.1%} of {name}" for name, value in plan.achieved.items())
-    steps = " -> ".join(f"{name} {figures['robust_accuracy']:.1%}" for name, figures in trainer.pruning_report.items())
-    say(args, f"[{stage}] kept {kept} in {result['seconds']} s; validation robust accuracy {steps}")
+    tell(stage, result, args)
     return model, plan
 
 
@@ -210,20 +215,27 @@ def test_reports(run: RunFolder, models: dict, data: ImageData, args: MRPFConfig
     reports = {
         name: evaluate_robustness(
             model, data.test, ATTACKS, args.attack, seed=args.seed, batch_size=args.per_device_eval_batch_size,
-            data_name=data.name, progress=not args.disable_tqdm, distributed=args.world_size > 1,
+            data_name=data.name, progress=shows_progress(args), distributed=args.world_size > 1,
             journal=run.stage("evaluation") / f"{name}.jsonl",
         )
         for name, model in models.items()
     }  # fmt: skip
-    say(args, f"[evaluation] {len(reports)} models, {len(ATTACKS)} attacks in {time.perf_counter() - start:.1f} s")
-    for name, report in reports.items():
-        say(args, f"[evaluation] {name}: {report}")
     change = paired_difference(reports["fine-tuned"], reports["dense"], "pgd20")
-    say(
-        args,
-        f"[evaluation] fine-tuned minus dense, PGD-20, paired: {100 * change.difference:+.1f} points "
-        f"[{100 * change.interval[0]:+.1f}, {100 * change.interval[1]:+.1f}]",
-    )
+    seconds = round(time.perf_counter() - start, 1)
+    result = {
+        "seconds": seconds,
+        "models": [evaluation_figures(name, report) for name, report in reports.items()],
+        "figures": {
+            "seconds": seconds,
+            "fine_tuned_minus_dense_pgd20": change.difference,
+            "at_least": change.interval[0],
+            "at_most": change.interval[1],
+        },
+    }
+    run.finish_stage("evaluation", result)
+    for figures in result["models"]:
+        say(args, stage_line("evaluation", figures))
+    tell("evaluation", result, args)
     return reports
 
 
@@ -276,8 +288,8 @@ def write_result(
     write_json(run.stage("card.json"), info.to_dict())  # what the card can be rendered from again
     render_card(info).save(draft / "README.md")
     run.publish(draft)
-    say(args, results_table(rows))
-    say(args, f"result in {run.path}")
+    show(args, results_table(rows))
+    show(args, f"result in {run.path}")
 
 
 def round_figures(pruned: dict, after: dict, args: MRPFConfig) -> dict[str, dict[str, float]]:

@@ -13,23 +13,26 @@ import dataclasses
 import shlex
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import torch
 
 from hf_mrpf import MRPFConfig, RobustnessReport
 from hf_mrpf.cli import DataArguments, ModelArguments, RunArguments, build_model, load_data, own_config, run_settings
-from hf_mrpf.console import announce, quieten, report_errors, say
+from hf_mrpf.console import announce, quieten, report_errors, show
 from hf_mrpf.data import ImageData
 from hf_mrpf.delivery import check_repository_id, push_result, repository, shown_again
 from hf_mrpf.evaluation import evaluate_robustness
 from hf_mrpf.hub import write_record
 from hf_mrpf.interruption import resumable
 from hf_mrpf.launch import check_world_size
+from hf_mrpf.progress import shows_progress
 from hf_mrpf.recipe_options import parse_recipe
 from hf_mrpf.results import results_table
 from hf_mrpf.run_folder import RunFolder, write_json
-from hf_mrpf.stages import check_forced_place, dense_stage, run_folder
+from hf_mrpf.stage_lines import evaluation_figures
+from hf_mrpf.stages import check_forced_place, dense_stage, run_folder, tell
 
 ATTACKS = ("clean", "fgsm", "pgd20", "cw")
 NOTE = (
@@ -83,12 +86,16 @@ def main() -> None:
 
 def validation_report(run: RunFolder, model, data: ImageData, args: MRPFConfig) -> RobustnessReport:
     """How robust the model is on the split that its training was watched on."""
+    start = time.perf_counter()
     report = evaluate_robustness(
         model, data.validation, ATTACKS, args.attack, seed=args.seed, batch_size=args.per_device_eval_batch_size,
-        data_name=data.name, progress=not args.disable_tqdm, distributed=args.world_size > 1,
+        data_name=data.name, progress=shows_progress(args), distributed=args.world_size > 1,
         journal=run.stage("evaluation") / "dense.jsonl",
     )  # fmt: skip
-    say(args, f"[evaluation] dense, validation split: {report}")
+    result = {"seconds": round(time.perf_counter() - start, 1)}
+    result["figures"] = evaluation_figures("dense", report) | {"split": "validation"} | result
+    run.finish_stage("evaluation", result)
+    tell("evaluation", result, args)
     return report
 
 
@@ -119,8 +126,8 @@ def write_result(run: RunFolder, model, report: RobustnessReport, data: ImageDat
     write_json(draft / "robustness_report.json", report.to_dict() | content)
     write_json(run.stage("card.json"), info.to_dict())  # what the card can be rendered from again
     run.publish(draft)
-    say(args, results_table(info.rows))
-    say(args, f"result in {run.path}")
+    show(args, results_table(info.rows))
+    show(args, f"result in {run.path}")
 
 
 if __name__ == "__main__":

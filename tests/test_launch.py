@@ -243,7 +243,7 @@ def test_two_processes_train_prune_and_evaluate(tmp_path):
     result = launch(TWO_ON_THE_CPU, "prune", "--output_dir", str(pruned), *start, *TINY, *PRUNING, *two)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "[dense] taken as it is" in result.stdout
-    assert result.stdout.count("[pruned-1] kept") == result.stdout.count("[pruned] kept") == 1
+    assert result.stdout.count("[pruned-1] allocation=") == result.stdout.count("[pruned] allocation=") == 1
 
     options = ("--max_eval_samples", "20", "--attacks", "clean", "fgsm", "--device", "cpu", *two[1:])
     result = launch(TWO_ON_THE_CPU, "evaluate", str(pruned), "--output", str(file), *options)

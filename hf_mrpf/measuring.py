@@ -1,0 +1,97 @@
+"""`MeasuringTrainer`: evaluation under attack, and what trainings and prunings send to the log."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import EvalPrediction
+
+from .attacks import keyed_start, logits_of, pgd_attack
+from .callbacks import OverfittingWatch
+from .logs import TrainingMeter, open_reporters, plan_figures
+from .plan import PruningPlan
+from .publishing import PublishingTrainer
+
+
+class MeasuringTrainer(PublishingTrainer):
+    """
+    `Trainer` that evaluates under attack and logs robustness through every reporter.
+
+    A row of the training log has `train_accuracy`, `train_robust_accuracy` (under the training attack) and
+    `adversarial_loss_gap` (adversarial minus clean cross-entropy, nats), each where the objective ran those images. An
+    evaluation has `eval_accuracy`, `eval_robust_accuracy` and `eval_adversarial_loss_gap`, all images counted once, and
+    in a training `eval_train_robust_accuracy`, that of the batches since the evaluation before. Every one of them is
+    over all processes.
+    """
+
+    def __init__(self, *, compute_metrics: Callable | None = None, **kwargs: Any):
+        self._meter = TrainingMeter()
+        self._clean_metrics = compute_metrics
+        super().__init__(compute_metrics=self._metrics, **kwargs)
+        self.add_callback(OverfittingWatch())
+
+    @property
+    def warnings(self) -> list[dict[str, Any]]:
+        """What the [`OverfittingWatch`] noticed in the last `train()`: `kind`, `epoch`, `step` and `message`."""
+        watches = (callback for callback in self.callback_handler.callbacks if isinstance(callback, OverfittingWatch))
+        return [warning for watch in watches for warning in watch.warnings]
+
+    # ---- Evaluation -------------------------------------------------------------------------------------------------
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Clean logits and logits under PGD of `eval_num_steps` steps; the loss is the clean cross-entropy."""
+        inputs = self._prepare_inputs(inputs)
+        images, labels = inputs["pixel_values"], inputs["labels"]
+        attacked, attack = self.accelerator.unwrap_model(model), self.args.eval_attack
+        start = keyed_start(images, inputs.get("index", range(len(images))), attack, self.args.seed)
+        adversarial = pgd_attack(attacked, images, labels, attack, start=start)
+        with torch.no_grad():
+            logits, adversarial_logits = logits_of(attacked(images)).float(), logits_of(attacked(adversarial)).float()
+        loss = nn.functional.cross_entropy(logits, labels)
+        return (loss, None, None) if prediction_loss_only else (loss, (logits, adversarial_logits), labels)
+
+    def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        logits, adversarial_logits = (torch.as_tensor(array) for array in prediction.predictions)
+        labels = torch.as_tensor(prediction.label_ids)
+        correct = logits.argmax(-1) == labels
+        robust = correct & (adversarial_logits.argmax(-1) == labels)
+        clean_loss, adversarial_loss = (
+            nn.functional.cross_entropy(part, labels) for part in (logits, adversarial_logits)
+        )
+        metrics = {
+            "accuracy": correct.double().mean().item(),
+            "robust_accuracy": robust.double().mean().item(),
+            "adversarial_loss_gap": (adversarial_loss - clean_loss).item(),
+        }
+        if self._clean_metrics is not None:
+            clean, label_ids = prediction.predictions[0], prediction.label_ids
+            metrics |= self._clean_metrics(EvalPrediction(predictions=clean, label_ids=label_ids))
+        return metrics
+
+    def evaluation_loop(self, *args, **kwargs):
+        """As in `Trainer`; in a training with the robust accuracy of the training batches since the last one."""
+        output = super().evaluation_loop(*args, **kwargs)
+        if self.is_in_train and output.metrics is not None:
+            prefix, figures = kwargs.get("metric_key_prefix", "eval"), self._meter.read("evaluation", self._sum)
+            if "train_robust_accuracy" in figures:
+                output.metrics[f"{prefix}_train_robust_accuracy"] = figures["train_robust_accuracy"]
+        return output
+
+    # ---- Logs -------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in `Trainer`; a row of the training log is told what the objective did to accuracy and loss."""
+        if self.is_in_train and "loss" in logs:
+            logs = logs | self._meter.read("log", self._sum)
+        super().log(logs, start_time)
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, "sum")
+
+    def _log_pruning(self, plan: PruningPlan) -> None:
+        """One row of the plan, and one of each step's accuracies on the validation split."""
+        with open_reporters(self):
+            self.log(plan_figures(plan))
+            for step, figures in self.pruning_report.items():
+                self.log({f"pruning/{step}/{name}": value for name, value in figures.items() if name != "num_samples"})
