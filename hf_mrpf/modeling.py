@@ -20,6 +20,7 @@ from huggingface_hub.errors import HTTPError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.modeling_utils import PreTrainedModel
@@ -213,6 +214,7 @@ class PrunedForImageClassification(PreTrainedModel):
             self.register_buffer(name, torch.tensor(getattr(config, name), dtype=torch.float32))
         self._no_split_modules = [type(network).__name__]
         self.supports_gradient_checkpointing = _can_checkpoint(network)
+        self._statistics_hooks: list[RemovableHandle] = []
         self.post_init()
 
     @classmethod
@@ -403,6 +405,9 @@ class PrunedForImageClassification(PreTrainedModel):
             network._set_gradient_checkpointing(enable, *args, **kwargs)
         else:
             network.set_grad_checkpointing(enable)
+        for hook in self._statistics_hooks:
+            hook.remove()
+        self._statistics_hooks = _keep_statistics(network) if enable else []
 
 
 def describe_pruning(model: PrunedForImageClassification) -> dict[str, Any] | None:
@@ -719,6 +724,30 @@ def _can_checkpoint(network: Any) -> bool:
         return False
     network.set_grad_checkpointing(False)
     return True
+
+
+def _keep_statistics(network: nn.Module) -> list[RemovableHandle]:
+    """Have BatchNorm and its kin count each batch once, though checkpointed blocks run twice."""
+    hooks = []
+    for module in network.modules():
+        if module._buffers.get("running_var") is not None:
+            hooks.append(module.register_forward_pre_hook(_lend_statistics))
+            # A recomputation ends by an exception as soon as it has what the backward pass needs.
+            hooks.append(module.register_forward_hook(_return_statistics, always_call=True))
+    return hooks
+
+
+def _lend_statistics(module: nn.Module, inputs: Any) -> None:
+    # A forward within a backward pass is a recomputation. It updates copies: none at all would be another graph than
+    # the first one, and undoing an update in place would make autograd refuse it.
+    if module.training and torch._C._current_graph_task_id() != -1:
+        own = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
+        module.__dict__["_own_statistics"] = own
+        module._buffers.update({name: buffer.clone() for name, buffer in own.items()})
+
+
+def _return_statistics(module: nn.Module, inputs: Any, output: Any) -> None:
+    module._buffers.update(module.__dict__.pop("_own_statistics", {}))
 
 
 @contextmanager

@@ -51,8 +51,10 @@ class RobustLoss:
                     loss = losses.sum()
                 total += losses.detach().cpu().double().sum().item()
                 if weights:
-                    shares = torch.autograd.grad(loss, weights, allow_unused=True)
-                    for gradient, share in zip(gradients.values(), shares, strict=True):
+                    # Without a name: it would keep one part's gradients alive during the next part's passes.
+                    for gradient, share in zip(
+                        gradients.values(), torch.autograd.grad(loss, weights, allow_unused=True), strict=True
+                    ):
                         if share is not None:
                             gradient.add_(share, alpha=1 / self.count)
         finally:
