@@ -68,8 +68,8 @@ def pruning_figures(plan: PruningPlan, result: Mapping[str, Any], dense: Mapping
         dense (`Mapping[str, int]`): `macs` and `params` of the dense model, that before the first round.
 
     Returns:
-        `dict[str, Any]`: `macs` and `params` as fractions of the dense model's; `clean` and `robust` are validation accuracies after
-        the last step, `<step>_robust` those after each one before it.
+        `dict[str, Any]`: `macs` and `params` as fractions of the dense model's; `clean` and `robust` are validation
+        accuracies after the last step, `<step>_robust` those after each one before it.
     """
     steps = list(result["steps"].items())
     last = steps[-1][1] if steps else {}

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Array3D, ClassLabel, Dataset, Features
 from torch import nn
 from transformers import TrainerControl, TrainerState
 
-from hf_mrpf import MRPFConfig, load_image_data
+from hf_mrpf import AttackConfig, MRPFConfig, MRPFTrainer, load_image_data, pgd_attack
 from hf_mrpf.callbacks import OverfittingWatch, Reading, has_fallen, margin
 
 QUICK = {
@@ -198,10 +199,43 @@ def test_an_evaluation_that_could_not_show_a_collapse_is_helped_by_pgd20(tmp_pat
     assert len(probe.calls) == 3
 
 
-def small_net() -> nn.Module:
+def patterns(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eight smooth patterns of 8x8 pixels with noise: images on which one step of an attack is easily overfitted."""
+    shapes = torch.randn(8, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    shapes = nn.functional.interpolate(shapes, size=8, mode="bilinear")
+    labels = torch.arange(n) % 8
+    noise = torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return (0.5 + 0.25 * shapes[labels] + 0.1 * noise).clamp(0, 1), labels
+
+
+def as_data_set(images: torch.Tensor, labels: torch.Tensor) -> Dataset:
+    names = [str(label) for label in range(8)]
+    features = Features({"pixel_values": Array3D((3, 8, 8), "float32"), "labels": ClassLabel(names=names)})
+    return Dataset.from_dict({"pixel_values": images.numpy(), "labels": labels.tolist()}, features=features)
+
+
+@pytest.mark.slow
+def test_training_against_one_long_step_is_seen_to_overfit_catastrophically(tmp_path, caplog):
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(),
-        nn.Conv2d(64, 64, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 16, 128), nn.ReLU(),
-        nn.Linear(128, 10),
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Flatten(),
+        nn.Linear(16 * 64, 128), nn.ReLU(), nn.Linear(128, 8),
     )  # fmt: skip
+    images, labels = patterns(600, 1)
+    optimizer = torch.optim.Adam(net.parameters(), 2e-3)
+    for epoch in range(16):  # a network that is robust to begin with: eps grows to 0.2 in nine epochs
+        attack = AttackConfig(eps=0.2 * min(1.0, epoch / 8), num_steps=3)
+        for batch in torch.randperm(len(images)).split(32):
+            adversarial = pgd_attack(net, images[batch], labels[batch], attack)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(adversarial), labels[batch]).backward()
+            optimizer.step()
+    one_step = {"objective": "pgd", "eps": 0.2, "num_steps": 1, "step_size": 0.2, "random_start": False}
+    schedule = {"optim": "adam", "learning_rate": 5e-3, "lr_scheduler_type": "constant_with_warmup", "max_steps": 160}
+    often = {"eval_strategy": "steps", "eval_steps": 8, "warmup_steps": 40}
+    args = settings(tmp_path, **one_step, **schedule, **often)
+    trainer = MRPFTrainer(net, args, as_data_set(images, labels), as_data_set(*patterns(300, 2)))
+    with caplog.at_level(logging.WARNING, logger="hf_mrpf"):
+        trainer.train()
+    assert "catastrophic" in [warning["kind"] for warning in trainer.warnings]
+    assert "catastrophic overfitting" in caplog.text
