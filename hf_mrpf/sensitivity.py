@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import combinations, islice
 from numbers import Real
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,45 +55,6 @@ class SensitivityResult(Mapping[str, float]):
 
     def __len__(self) -> int:
         return len(self.scores)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The result as JSON-ready values, from which [`SensitivityResult.from_dict`] gives every bit back."""
-        return asdict(self) | {"per_set": list(self.per_set)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], *, source: str = "sensitivities") -> Self:
-        """
-        Make a result of what [`SensitivityResult.to_dict`] gave.
-
-        Args:
-            values (`Mapping[str, Any]`): all keys, and no other.
-            source (`str`, *optional*, defaults to `"sensitivities"`): what error messages call it.
-
-        Raises:
-            ValueError: With `source` and the key at fault.
-        """
-        names = [field.name for field in fields(cls)]
-        if different := sorted(set(values) ^ set(names)):
-            raise ValueError(f"{source}: key {different[0]!r} is missing or unknown; needed: {', '.join(names)}.")
-        tables = {"scores": [values["scores"]], "per_set": values["per_set"]}
-        for name, found in tables.items():
-            if not (isinstance(found, list | tuple) and found and all(map(_is_scores, found))):
-                raise ValueError(f"{source}: key {name!r} must hold scores, finite numbers of at least 0 by name.")
-            if any(list(scores) != list(tables["scores"][0]) for scores in found):
-                raise ValueError(f"{source}: key {name!r} must name the same modules as 'scores', in the same order.")
-        if not (values["spearman"] is None or _is_number(values["spearman"])):
-            raise ValueError(f"{source}: key 'spearman' must be a number or null.")
-        if not isinstance(values["settings"], Mapping):
-            raise ValueError(f"{source}: key 'settings' must be an object.")
-        return cls(values["scores"], tuple(values["per_set"]), values["spearman"], dict(values["settings"]))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_scores(values: Any) -> bool:
-    return isinstance(values, Mapping) and bool(values) and all(_is_number(x) and x >= 0 for x in values.values())
 
 
 def module_robustness_sensitivity(

@@ -7,8 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback
 from transformers.integrations import TensorBoardCallback
 
 from .checkpoints import check_complete, newest_complete, written_by
@@ -16,13 +15,11 @@ from .cli import ModelArguments, own_config, starts_fresh
 from .config import MRPFConfig
 from .console import StageProgress, say
 from .data import ImageData
-from .fingerprint import weights_sha256
 from .interruption import StopBetweenSteps, stopping_between_steps
 from .logs import end_of_run
 from .modeling import PrunedForImageClassification
 from .processes import Processes
-from .run_folder import STAGES, RunFolder, read_json, write_json
-from .sensitivity import SensitivityResult
+from .run_folder import STAGES, RunFolder
 from .stage_lines import pruned_before, stage_line, training_figures
 from .trainer import MRPFTrainer
 
@@ -145,41 +142,6 @@ def finished_model(run: RunFolder, stage: str, args: MRPFConfig) -> PrunedForIma
         return None
     say(args, stage_line(stage, (run.stage_result(stage) or {}).get("figures", {}), "kept from before"))
     return _saved_model(run, stage, args)
-
-
-class KeepSensitivity(TrainerCallback):
-    """Writes the sensitivities down as soon as they are measured: they are the costly part of a pruning."""
-
-    def __init__(self, file: Path):
-        self.file = file
-
-    def on_sensitivity_end(self, args, state, control, *, sensitivity, model, **kwargs):
-        if args.process_index == 0:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.file, {"weights_sha256": weights_sha256(model), "sensitivity": sensitivity.to_dict()})
-
-
-def kept_sensitivity(file: Path, model: nn.Module, args: MRPFConfig) -> SensitivityResult | None:
-    """
-    The sensitivities that an earlier call measured on the weights of `model`, the same on every process.
-
-    Raises:
-        ValueError: where the file was changed so that it cannot be read.
-    """
-    processes, kept, error = Processes.of(args.world_size > 1), None, None
-    if processes.is_main and file.is_file():
-        try:
-            content = read_json(file)
-            if content.get("weights_sha256") == weights_sha256(model):
-                kept = SensitivityResult.from_dict(content.get("sensitivity") or {}, source=str(file))
-        except ValueError as refusal:
-            error = f"{refusal} Remove {file}, and they are measured again."
-    kept, error = processes.from_main((kept, error))
-    if error:
-        raise ValueError(error)
-    if kept is not None:
-        say(args, stage_line(file.parent.name, {"modules": len(kept)}, "sensitivities kept from before"))
-    return kept
 
 
 def _saved_model(run: RunFolder, stage: str, args: MRPFConfig) -> PrunedForImageClassification:

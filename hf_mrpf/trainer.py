@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -148,20 +148,18 @@ class MRPFTrainer(MeasuringTrainer):
 
     # ---- Pruning ----------------------------------------------------------------------------------------------------
 
-    def prune(self, plan: PruningPlan | None = None, scores: Mapping[str, float] | None = None) -> PruningPlan:
+    def prune(self, plan: PruningPlan | None = None) -> PruningPlan:
         """
         Measures sensitivities, plans, removes channels, repairs consumers and recalibrates BatchNorm, in place.
 
-        Afterwards the trainer is as new: the optimizer and the schedule are made afresh by the next `train()`. What
-        each step did to the accuracy on the validation split is in `pruning_report`, and which layers the repair
-        re-fitted or left in `repair_report`.
+        Sensitivities are kept in `sensitivity.jsonl` of `output_dir` as they are measured, and a pruning of the same
+        weights that was interrupted goes on from there. Afterwards the trainer is as new: the optimizer and the
+        schedule are made afresh by the next `train()`. What each step did to the accuracy on the validation split is in
+        `pruning_report`, and which layers the repair re-fitted or left in `repair_report`.
 
         Args:
             plan ([`PruningPlan`], *optional*):
                 A plan to apply as it is; without it one is made from the settings in `args`.
-            scores (`Mapping[str, float]`, *optional*):
-                Sensitivities measured before, such as a [`SensitivityResult`]; without them they are measured, and
-                `on_sensitivity_end` is fired.
 
         Returns:
             [`PruningPlan`]: the plan that was applied, the same on every rank.
@@ -186,7 +184,7 @@ class MRPFTrainer(MeasuringTrainer):
         )
         calibration = [(images.to(args.device), labels.to(args.device)) for images, labels in calibration]
         if plan is None:
-            plan = self._plan(model, calibration, scores)
+            plan = self._plan(model, calibration)
         replaced = self._fire("on_plan_end", plan=plan)
         plan = plan if replaced is None else replaced
         if not isinstance(plan, PruningPlan):
@@ -222,9 +220,9 @@ class MRPFTrainer(MeasuringTrainer):
         self._fire("on_prune_end", plan=plan)
         return plan
 
-    def _plan(self, model: nn.Module, calibration: list, scores: Mapping[str, float] | None) -> PruningPlan:
-        args, example = self.args, calibration[0][0][:1]
-        if scores is None and args.allocation == "mrs":
+    def _plan(self, model: nn.Module, calibration: list) -> PruningPlan:
+        args, example, scores = self.args, calibration[0][0][:1], None
+        if args.allocation == "mrs":
             joint = args.combine == "joint"
             units = pruning_units(model, example, heads=args.prune_heads) if joint else []
             groups = {unit.name: unit.members for unit in units} if joint else None

@@ -54,12 +54,10 @@ from hf_mrpf.rounds import fraction_after, round_rows, round_target, stage_names
 from hf_mrpf.run_folder import RunFolder, write_json
 from hf_mrpf.stage_lines import evaluation_figures, pruning_figures, stage_line, training_figures
 from hf_mrpf.stages import (
-    KeepSensitivity,
     check_forced_place,
     dense_stage,
     finish,
     finished_model,
-    kept_sensitivity,
     make_trainer,
     run_folder,
     stage_arguments,
@@ -190,10 +188,7 @@ def pruned_stage(
         return finished, PruningPlan.load(plan_file)
     start = time.perf_counter()
     trainer = make_trainer(copy.deepcopy(model), data, stage_arguments(run, stage, args))
-    sensitivity_file = run.stage(stage) / "sensitivity.json"
-    scores = kept_sensitivity(sensitivity_file, model, args)
-    trainer.add_callback(KeepSensitivity(sensitivity_file))
-    plan = trainer.prune(scores=scores)
+    plan = trainer.prune()
     end_of_run(args)
     result = {"seconds": round(time.perf_counter() - start, 1), "steps": trainer.pruning_report}
     result["figures"] = pruning_figures(plan, result, dense or plan.before)

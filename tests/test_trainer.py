@@ -225,15 +225,6 @@ def test_a_given_plan_is_applied_as_it_is(tmp_path, data, model):
     assert list(trainer.pruning_report) == ["before", "removed"]
 
 
-def test_scores_measured_before_give_the_same_plan_without_being_measured_again(tmp_path, data, model):
-    measured = Recorder(None)
-    first = MRPFTrainer(copy.deepcopy(model), quick(tmp_path / "a"), data.train, callbacks=[measured]).prune()
-    again = Recorder(None)
-    trainer = MRPFTrainer(model, quick(tmp_path / "b"), data.train, callbacks=[again])
-    assert trainer.prune(scores=measured.events[0][1]).to_dict() == first.to_dict()
-    assert [event for event, *_ in again.events] == ["plan", "prune"]
-
-
 def test_prune_refuses_what_it_would_break(tmp_path, data, model):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="was given an optimizer"):
