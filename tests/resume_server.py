@@ -108,7 +108,8 @@ def watch_everything(places: Places) -> None:
         places.watch(hf_mrpf.trainer, name, "pruning")
     places.watch(hf_mrpf.evaluation, "evaluate_robustness", "evaluation")
     places.watch(hf_mrpf.run_folder.RunFolder, "publish", "publishing")
-    places.mark(hf_mrpf.trainer.MRPFTrainer, "training_step")
+    for name in ("training_step", "evaluate"):
+        places.mark(hf_mrpf.trainer.MRPFTrainer, name)
     for owner, name in ((torch.autograd, "grad"), (os, "replace"), (os, "fsync")):
         places.mark(owner, name)
 
