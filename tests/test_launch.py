@@ -169,11 +169,12 @@ def errors(result: subprocess.CompletedProcess) -> list[str]:
 
 def test_processes_that_are_alone_stop_with_one_message_and_write_nothing(tmp_path):
     alone = [*ACCELERATE, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    result = launch(alone, "train", "--output_dir", str(tmp_path / "run"), *TINY)
+    # The recipe that imports least; it stops before it looks for the model.
+    result = launch(alone, "evaluate", "no/model", "--output", str(tmp_path / "report.json"))
     assert result.returncode != 0
     (error,) = errors(result)
     assert "2 processes were started and each is alone" in error
-    assert not (tmp_path / "run").exists()
+    assert not any(tmp_path.iterdir())
 
 
 MULTI_CPU = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_processes: 2\nuse_cpu: true\n"
