@@ -62,20 +62,25 @@ def resnet18() -> PrunedForImageClassification:
 
 def vit() -> PrunedForImageClassification:
     """A ViT of transformers: 64 patches, 6 layers of width 192."""
-    sizes = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 3}
+    sizes: dict[str, Any] = {
+        "hidden_size": 192,
+        "intermediate_size": 768,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 3,
+    }
     config = ViTConfig(image_size=32, patch_size=4, **sizes)
     return PrunedForImageClassification.from_backbone(config, num_labels=10, image_size=32)
 
 
 def toy() -> PrunedForImageClassification:
     """A ResNet of 8 channels, quick enough for the long run."""
-    sizes = {"layers": (1, 1, 1, 1), "channels": (8, 8, 8, 8)}
+    sizes: dict[str, Any] = {"layers": (1, 1, 1, 1), "channels": (8, 8, 8, 8)}
     return PrunedForImageClassification.from_backbone(
         "timm/resnet18", num_labels=10, image_size=16, small_images=True, **sizes
     )
 
 
-NETS: dict[str, Callable[[], PrunedForImageClassification]] = {"resnet18": resnet18, "vit": vit, "toy": toy}
+NETS: dict[str, Callable[[], Any]] = {"resnet18": resnet18, "vit": vit, "toy": toy}
 
 
 class MarkSteps(TrainerCallback):
@@ -180,6 +185,7 @@ def tensor_bytes(work: Callable[[], object]) -> tuple[int, dict[str, tuple[int, 
         The highest count, and for each `record_function("step ...")` within `work`, by its name, the count at its start
         and the highest one since the start of the one before.
     """
+    gc.collect()  # what is garbage already must not be freed, and counted so, within
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     assert profiler.profiler is not None

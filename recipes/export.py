@@ -50,7 +50,8 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     model = PrunedForImageClassification.from_pretrained(arguments.model, revision=arguments.revision)
     models = {}
-    parent = arguments.dense or dense_stage(arguments.model)
+    # In the folder of recipes/train.py the dense stage is the model itself.
+    parent = arguments.dense or (dense_stage(arguments.model) if model.config.pruning else None)
     if parent:
         models["dense"] = PrunedForImageClassification.from_pretrained(parent)
         check_comparable(model, models["dense"], parent)

@@ -11,6 +11,7 @@ from hf_mrpf.cli import (
     DataArguments,
     GroupedParser,
     ModelArguments,
+    RoundArguments,
     RunArguments,
     build_model,
     load_data,
@@ -26,7 +27,7 @@ NARROW = '{"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8], "stem_type": "deep"
 
 @pytest.fixture(scope="module")
 def parser():
-    return GroupedParser([DataArguments, ModelArguments, RunArguments, MRPFConfig])
+    return GroupedParser([DataArguments, ModelArguments, RoundArguments, RunArguments, MRPFConfig])
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +43,9 @@ def test_help_shows_every_option_once_in_its_group(parser):
     for group, options in {
         "data:": ("--dataset_name", "--max_train_samples", "--max_eval_samples"),
         "model:": ("--model_name_or_path", "--small_images", "--base_epochs"),
-        "pruning:": ("--target", "--allocation", "--gamma", "--no_repair"),
+        "pruning:": ("--target", "--allocation", "--gamma", "--no_repair", "--pruning_rounds", "--recovery_epochs"),
         "attack:": ("--eps", "--objective", "--eval_num_steps"),
-        "training:": ("--output_dir", "--seed", "--use_cpu", "--optim", "--learning_rate", "--overwrite_output_dir"),
+        "training:": ("--output_dir", "--seed", "--use_cpu", "--optim", "--learning_rate", "--expected_world_size"),
         "Hub:": ("--push_to_hub", "--hub_model_id", "--hub_private_repo"),
         "transformers:": ("--adam_beta1", "--fsdp"),
     }.items():

@@ -78,7 +78,7 @@ def test_the_first_process_alone_says_what_all_refuse(monkeypatch, capsys):
 
     with pytest.raises(SystemExit):
         report_errors(fail)
-    assert capsys.readouterr().err == "error: of this process only\n"
+    assert "of this process only" in capsys.readouterr().err
 
 
 def parsed(*options: str):
@@ -167,13 +167,15 @@ def errors(result: subprocess.CompletedProcess) -> list[str]:
     return [line for line in result.stderr.splitlines() if line.startswith("error: ")]
 
 
+@pytest.mark.slow
 def test_processes_that_are_alone_stop_with_one_message_and_write_nothing(tmp_path):
     alone = [*ACCELERATE, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    result = launch(alone, "train", "--output_dir", str(tmp_path / "run"), *TINY)
+    # The recipe that imports least; it stops before it looks for the model.
+    result = launch(alone, "evaluate", "no/model", "--output", str(tmp_path / "report.json"))
     assert result.returncode != 0
     (error,) = errors(result)
     assert "2 processes were started and each is alone" in error
-    assert not (tmp_path / "run").exists()
+    assert not any(tmp_path.iterdir())
 
 
 MULTI_CPU = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_processes: 2\nuse_cpu: true\n"
@@ -237,7 +239,7 @@ def test_two_processes_train_prune_and_evaluate(tmp_path):
     small = ("--backbone_kwargs", json.dumps(NETWORK))
     result = launch(TWO_ON_THE_CPU, "train", "--output_dir", str(dense), *TINY, *small, *two)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("world size 2, device cpu") == result.stdout.count("[evaluation] dense") == 1
+    assert result.stdout.count("world size 2, device cpu") == result.stdout.count("[evaluation] ") == 1
 
     start = ("--model_name_or_path", str(dense))
     result = launch(TWO_ON_THE_CPU, "prune", "--output_dir", str(pruned), *start, *TINY, *PRUNING, *two)

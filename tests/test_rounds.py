@@ -387,6 +387,7 @@ def test_report_and_card_hold_every_round(rounds):
     assert (rounds.folder / "mrs.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_in_its_round(rounds, tmp_path):
     folder = tmp_path / "again"
     shutil.copytree(rounds.folder, folder)
