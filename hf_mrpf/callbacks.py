@@ -36,6 +36,11 @@ class SeedEachRank(TrainerCallback):
         if args.world_size > 1:
             torch.manual_seed(args.seed + 1_000_003 * args.process_index)
 
+    def on_train_end(self, args, state, control, **kwargs):
+        # The next training of the same trainer draws its order from this seed, which all ranks must share again.
+        if args.world_size > 1:
+            torch.manual_seed(args.seed)
+
 
 @dataclass(frozen=True)
 class Reading:

@@ -204,17 +204,20 @@ class Watch(TrainerCallback):
 
 def whole_story(folder, net, data):
     """Evaluation, pruning, training with saves, evaluation, by the trainer; what one process saw."""
-    seen = {"wrapped": set(), "noise": []}
+    seen = {"wrapped": set(), "noise": [], "images": []}
 
     def watched(model, images, labels, attack, **kwargs):
         seen["wrapped"].add(type(model).__name__)
         output = trades(model, images, labels, attack, **kwargs)
+        seen["images"] += images.flatten(1).double().sum(1).tolist()
         seen["noise"].append((output.adversarial_images - images).abs().sum().item())
         return output
 
     args = MRPFConfig(
         output_dir=str(folder),
         objective=watched,
+        crop_padding=0,
+        horizontal_flip=False,
         per_device_train_batch_size=8,
         max_steps=3,
         **QUICK | {"save_strategy": "steps", "save_steps": 2},
@@ -228,6 +231,9 @@ def whole_story(folder, net, data):
     trainer.evaluate()
     trainer.train()
     seen["trained"] = weights_sha256(trainer.model)
+    first, seen["images"] = seen["images"], []
+    trainer.train()  # once more with the same trainer, whose random streams have parted
+    seen["images"] = [first, seen["images"]]
     return seen | {"streams": watch.streams, "models": watch.models, "saved": watch.saved}
 
 
@@ -235,14 +241,18 @@ def test_the_trainer_keeps_two_processes_at_one_model_through_every_stage(tmp_pa
     first, second = on_processes(2, whole_story, tmp_path / "two", net, data)
     for key in ("plan", "steps", "pruned", "models", "trained", "saved"):
         assert first[key] == second[key], key
-    assert len(set(first["models"])) == 3
+    assert len(set(first["models"])) == 6
+    for mine, other in zip(first["images"], second["images"], strict=True):
+        assert len(mine) == len(other) == 24
+        assert len(set(mine) | set(other)) == 48  # no image twice
     # An evaluation came first, and the training still runs through DDP.
     assert first["wrapped"] == second["wrapped"] == {"DistributedDataParallel"}
     assert all(a != b for a, b in zip(first["streams"], second["streams"], strict=True))
     assert all(a != b for a, b in zip(first["noise"], second["noise"], strict=True))
     (saved,) = (tmp_path / "two").glob("checkpoint-2")
     loaded = PrunedForImageClassification.from_pretrained(saved)
-    assert weights_sha256(loaded) == first["models"][1] == first["saved"][0]
+    assert weights_sha256(loaded) == first["models"][4]
+    assert first["models"][4] in first["saved"]
     # 41 validation images do not halve: padded ones are not counted.
     args = MRPFConfig(output_dir=str(tmp_path / "one"), **QUICK)
     alone = MRPFTrainer(copy.deepcopy(net), args, data.train, data.validation)
