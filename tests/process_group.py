@@ -1,4 +1,9 @@
-"""Runs a function on several CPU processes that share a gloo group, without another import of anything."""
+"""
+Runs a function on several CPU processes that share a gloo group, without another import of anything.
+
+They are forked from a server that has imported, and nothing else: once a process has run a backward pass on more than
+the CPU, as tests of meta tensors do, autograd refuses to work in what is forked from it.
+"""
 
 import multiprocessing
 import os
@@ -11,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+PRELOADED = ["hf_mrpf.trainer", "timm", "torch_pruning", "transformers.models.auto.modeling_auto"]
 
 
 def on_processes(count: int, function: Callable[..., Any], *arguments: Any, timeout: float = 240) -> list[Any]:
@@ -28,15 +35,17 @@ def outcomes(count: int, function: Callable[..., Any], *arguments: Any, timeout:
 
 
 def _results(count: int, function: Callable[..., Any], arguments: tuple, timeout: float) -> list[tuple[str, Any]]:
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
     with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
         files = [Path(folder) / str(rank) for rank in range(count)]
+        # As bytes: handed over as they are, tensors would share their memory with this process and the other ones.
+        work = pickle.dumps((function, arguments))
         processes = [
-            context.Process(target=_run, args=(rank, count, port, file, function, arguments))
-            for rank, file in enumerate(files)
+            context.Process(target=_run, args=(rank, count, port, file, work)) for rank, file in enumerate(files)
         ]
         for process in processes:
             process.start()
@@ -46,7 +55,7 @@ def _results(count: int, function: Callable[..., Any], arguments: tuple, timeout
         return [pickle.loads(file.read_bytes()) if file.exists() else ("no result", None) for file in files]
 
 
-def _run(rank: int, count: int, port: int, file: Path, function: Callable[..., Any], arguments: tuple) -> None:
+def _run(rank: int, count: int, port: int, file: Path, work: bytes) -> None:
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     # The state of the parent, a single process, came along with the fork.
@@ -64,6 +73,7 @@ def _run(rank: int, count: int, port: int, file: Path, function: Callable[..., A
     }
     torch.set_num_threads(1)
     try:
+        function, arguments = pickle.loads(work)
         PartialState(cpu=True)
         outcome = ("", function(*arguments))
     except BaseException:

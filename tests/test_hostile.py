@@ -86,7 +86,7 @@ def attempt(folder, config, counted=True):
     global watching
     (folder / "config.json").write_text(json.dumps(config))
     EVENTS.clear()
-    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     allocated, watching = Allocated(), True
     try:
         with allocated if counted else nullcontext():
@@ -98,7 +98,7 @@ def attempt(folder, config, counted=True):
     # The copies of the weights, and the pages of the file beneath them.
     assert allocated.bytes <= 2 * (folder / "model.safetensors").stat().st_size + 2**16, allocated.bytes
     assert not EVENTS
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 300_000  # kilobytes
     return outcome
 
@@ -208,11 +208,11 @@ def test_huge_and_deep_backbones_are_refused_before_they_cost_anything(folders, 
     folder, honest, _, _ = folders[name]
     config = copy.deepcopy(honest)
     config["backbone"]["kwargs"] |= change
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ValueError, match=message):
         raise attempt(folder, config, counted="modules" not in message)  # counting so many would take long
     (folder / "config.json").write_text(json.dumps(honest))
-    assert time.perf_counter() - start < 15
+    assert time.process_time() - start < 15
 
 
 @pytest.mark.parametrize("value", [10**9, 8193])
