@@ -396,9 +396,8 @@ def test_an_interrupted_run_goes_on_in_its_round(rounds, tmp_path):
     state = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(state | {"finished": False}))
     again = run_recipe(folder)
-    assert [line for line in again.output.splitlines() if "kept from before" in line] == [
-        f"[{stage}] kept from before" for stage in ("dense", "pruned-1", "recovered-1")
-    ]
+    kept = [line.partition("]")[0] for line in again.output.splitlines() if "] kept from before" in line]
+    assert kept == ["[dense", "[pruned-1", "[recovered-1"]
     assert again.plan("pruned") == rounds.plan("pruned")
     first, second = (load_file(path / "model.safetensors") for path in (rounds.folder, folder))
     assert all(torch.equal(first[name], second[name]) for name in first)
