@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
-from .faults import explain
+from .faults import explain, with_worker_named
 from .launch import LaunchError, is_first
 from .progress import Bar, progress_bar
 
@@ -114,8 +114,8 @@ def report_errors(main: Callable[[], None]) -> None:
     A launch that every process refuses is spoken of by the first one alone.
     """
     try:
-        main()
-    except (ValueError, ImportError, OSError, MemoryError, RuntimeError, SafetensorError) as error:
+        with_worker_named(main)
+    except (ValueError, ImportError, OSError, EOFError, MemoryError, RuntimeError, SafetensorError) as error:
         message = explain(error)
         if message is None:
             raise

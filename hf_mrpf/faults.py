@@ -2,6 +2,8 @@
 
 import errno
 import re
+import time
+from collections.abc import Callable
 
 import torch
 
@@ -9,6 +11,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Texts, where the class of an error says nothing: most of these are a bare RuntimeError.
 OUT_OF_MEMORY = r"out of memory|can't allocate memory|not enough memory|No executable batch size"
 WORKER = r"DataLoader worker \(pid\(?s?\)? ?[\d, ]+\)"
+SECONDS_FOR_THE_SIGNAL = 10
 LOST_PEER = r"Connection closed by peer|Connection reset by peer|Connection refused|gloo|NCCL|Timed out waiting"
 # The second line is torch.save, which loses the cause on its way.
 NO_SPACE = (
@@ -36,10 +39,12 @@ def explain(error: BaseException) -> str | None:
             "make room, and the same command goes on from there."
         )
     text = str(error)
-    if isinstance(error, RuntimeError) and (worker := re.search(WORKER, text)):
+    worker = re.search(WORKER, text) if isinstance(error, RuntimeError) else None
+    if worker or lost_a_worker(error):
         return (
-            f"{worker[0]} was killed, most often for want of memory. Lower --dataloader_num_workers (0 loads in the "
-            "main process), or give the machine more shared memory; the same command goes on where it was."
+            f"{worker[0] if worker else 'DataLoader worker'} was killed, most often for want of memory. Lower "
+            "--dataloader_num_workers (0 loads in the main process), or give the machine more shared memory; the same "
+            "command goes on where it was."
         )
     if isinstance(error, RuntimeError) and _is_of_group(error) and re.search(LOST_PEER, text, re.IGNORECASE):
         return (
@@ -49,6 +54,32 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, ValueError | ImportError | OSError):
         return text
     return None
+
+
+def lost_a_worker(error: BaseException) -> bool:
+    """Whether a connection broke on which a worker was handing over a batch."""
+    if not isinstance(error, ConnectionError | EOFError):
+        return False
+    place = error.__traceback__
+    while place is not None:
+        if place.tb_frame.f_globals.get("__name__", "").startswith("torch.utils.data"):
+            return True
+        place = place.tb_next
+    return False
+
+
+def with_worker_named(main: Callable[[], None]) -> None:
+    """
+    Runs `main`. Where it loses its connection to a killed worker, the error raised is torch's, which names the worker.
+
+    torch raises that one from the signal of the worker's death, which comes a moment after its connections break.
+    """
+    try:
+        main()
+    except (ConnectionError, EOFError) as error:
+        if lost_a_worker(error):
+            time.sleep(SECONDS_FOR_THE_SIGNAL)
+        raise
 
 
 def is_out_of_memory(error: BaseException) -> bool:

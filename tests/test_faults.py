@@ -11,6 +11,8 @@ import os
 import signal
 import subprocess
 import time
+import types
+from unittest.mock import patch
 
 import process_group
 import pytest
@@ -166,6 +168,27 @@ def test_a_killed_worker_is_one_message(tmp_path, data, capfd):
     assert "DataLoader worker (pid" in message
     assert "Lower --dataloader_num_workers" in message
     assert newest_complete(tmp_path).name == "checkpoint-2"
+
+
+def test_a_worker_is_named_also_where_its_connection_breaks_before_the_signal_comes(capfd):
+    def hand_over():
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    def main(signalled: bool, module: str) -> None:
+        def die(*_):
+            raise RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed.")
+
+        signal.signal(signal.SIGALRM, die)
+        signal.setitimer(signal.ITIMER_REAL, 0.2 if signalled else 0)
+        types.FunctionType(hand_over.__code__, {"__name__": module, "ConnectionResetError": ConnectionResetError})()
+
+    loader = "torch.utils.data.dataloader"
+    assert "DataLoader worker (pid 17) was killed" in told(lambda: main(True, loader), capfd)
+    with patch("hf_mrpf.faults.SECONDS_FOR_THE_SIGNAL", 0.1):
+        assert "DataLoader worker was killed" in told(lambda: main(False, loader), capfd)
+    # A connection of anything else is not waited for.
+    with patch("hf_mrpf.faults.time.sleep", side_effect=AssertionError):
+        assert "Connection reset by peer" in told(lambda: main(False, "requests"), capfd)
 
 
 def hungry(limit: int):
