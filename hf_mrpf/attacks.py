@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -12,8 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .folding import fast_layout, folded_batchnorm
+
 # A pixel moves by at most 1; published l2 threat models use 0.5 (at 32x32) to 3 (at 224x224).
 MAX_EPS = {"linf": 1.0, "l2": 16.0}
+# float16 is not among them: its gradients underflow without a scaler.
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,10 @@ class AttackConfig:
             Number of steps, at least 1.
         random_start (`bool`, *optional*, defaults to `True`):
             Whether to start at a random point of the ball instead of at the image.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            What the model computes in while it is attacked, one of `DTYPES`: `"bfloat16"` is faster on processors and
+            GPUs that have it, and finds slightly other images, whose pixels stay float32. Robust accuracy is always
+            measured in float32.
 
     Raises:
         ValueError: If a value is unknown, of the wrong type or out of range, as when 8 is given for 8/255.
@@ -43,6 +51,7 @@ class AttackConfig:
     step_size: float | None = None
     num_steps: int = 10
     random_start: bool = True
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if self.norm not in MAX_EPS:
@@ -64,6 +73,8 @@ class AttackConfig:
             raise ValueError(f"num_steps is {self.num_steps!r}; it must be an integer of at least 1.")
         if not isinstance(self.random_start, bool):
             raise ValueError(f"random_start is {self.random_start!r}; it must be True or False.")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; an attack computes in one of {', '.join(DTYPES)}.")
 
     @property
     def step(self) -> float:
@@ -71,8 +82,9 @@ class AttackConfig:
         return 2.5 * self.eps / self.num_steps if self.step_size is None else self.step_size
 
     def describe(self) -> str:
-        """Short text for tables and logs: `"linf eps=0.0314 10x0.0078"`."""
-        return f"{self.norm} eps={self.eps:.4f} {self.num_steps}x{self.step:.4f}"
+        """Short text for tables and logs: `"linf eps=0.0314 10x0.0078"`, with the dtype where it is not float32."""
+        kind = "" if self.dtype == "float32" else f" {self.dtype}"
+        return f"{self.norm} eps={self.eps:.4f} {self.num_steps}x{self.step:.4f}{kind}"
 
 
 def logits_of(output: Any) -> Tensor:
@@ -184,6 +196,7 @@ def pgd_attack(
     Search the ball around each image for the point that maximises the loss, by projected gradient steps.
 
     The model is attacked in eval mode with its parameters frozen; its modes, flags and `.grad` are left as they were.
+    BatchNorm is folded into convolutions meanwhile (`folding.py`), which changes logits by rounding alone.
     The loss is summed over the batch, so an image's result does not depend on the others. Works under
     `torch.no_grad()`.
 
@@ -221,16 +234,19 @@ def pgd_attack(
         return images.clone()
     if start is None:
         start = _random_start(images, attack, None) if attack.random_start else images
-    adversarial = start.detach().clone()
-    with eval_mode(model), frozen(model):
+
+    with _autocast(attack, images), eval_mode(model), frozen(model), folded_batchnorm(model, images) as forward:
+        layout = fast_layout(images)
+        images = images.contiguous(memory_format=layout)
+        adversarial = start.detach().clone(memory_format=layout)
         for _ in range(attack.num_steps):
             with torch.enable_grad():
-                value = LOSSES[loss](logits_of(model(adversarial.requires_grad_())), labels)
+                value = LOSSES[loss](logits_of(forward(adversarial.requires_grad_())), labels)
                 (gradient,) = torch.autograd.grad(value, adversarial)
             with torch.no_grad():
                 adversarial.requires_grad_(False)
                 STEPS[attack.norm](adversarial, gradient, images, attack)
-    return adversarial
+    return adversarial.contiguous()
 
 
 def keyed_start(images: Tensor, indices: Sequence[int] | Tensor, attack: AttackConfig, seed: int) -> Tensor:
@@ -270,6 +286,10 @@ def keyed_start(images: Tensor, indices: Sequence[int] | Tensor, attack: AttackC
         entropy = int(np.random.SeedSequence([seed, key]).generate_state(1)[0])
         starts.append(_random_start(image, attack, torch.Generator().manual_seed(entropy)))
     return torch.cat(starts).to(images.device)
+
+
+def _autocast(attack: AttackConfig, images: Tensor) -> AbstractContextManager[Any]:
+    return torch.autocast(images.device.type, torch.bfloat16) if attack.dtype == "bfloat16" else nullcontext()
 
 
 def _is_number(value: Any) -> bool:

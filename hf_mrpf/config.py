@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from .allocation import ALLOCATIONS
-from .attacks import AttackConfig
+from .attacks import DTYPES, AttackConfig
 from .importance import IMPORTANCES
 from .objectives import OBJECTIVES
 from .sensitivity import COMBINERS, METHODS
@@ -46,6 +46,9 @@ class MRPFConfig(TrainingArguments):
             Steps of the training attack.
         random_start (`bool`, *optional*, defaults to `True`):
             Whether attacks start at a random point of the ball. TRADES has its own small Gaussian start.
+        attack_dtype (`str`, *optional*, defaults to `"float32"`):
+            What the model computes in during the training attack: `"float32"` or `"bfloat16"`. Training steps follow
+            `bf16`, and evaluation is in float32.
         eval_num_steps (`int`, *optional*, defaults to `10`):
             Steps of the PGD attack that `evaluate()` runs to measure `eval_robust_accuracy`.
         target (`float`, *optional*, defaults to `0.5`):
@@ -106,6 +109,9 @@ class MRPFConfig(TrainingArguments):
     )
     num_steps: int = field(default=10, metadata={"help": "Steps of the training attack."})
     random_start: bool = field(default=True, metadata={"help": "Start attacks at a random point of the ball."})
+    attack_dtype: str = field(
+        default="float32", metadata={"help": f"What the training attack computes in: {', '.join(DTYPES)}."}
+    )
     eval_num_steps: int = field(default=10, metadata={"help": "Steps of PGD in the evaluations during training."})
 
     target: float = field(default=0.5, metadata={"help": "Fraction of the target metric that is KEPT, in (0, 1)."})
@@ -220,7 +226,7 @@ class MRPFConfig(TrainingArguments):
     @property
     def attack(self) -> AttackConfig:
         """The training attack."""
-        return AttackConfig(self.norm, self.eps, self.step_size, self.num_steps, self.random_start)
+        return AttackConfig(self.norm, self.eps, self.step_size, self.num_steps, self.random_start, self.attack_dtype)
 
     @property
     def eval_attack(self) -> AttackConfig:

@@ -55,6 +55,7 @@ class NamedAttack:
 
     def configure(self, attack: AttackConfig) -> AttackConfig:
         """The attack in full. A `step_size` of the `AttackConfig` is kept; without one it is `2.5 * eps / steps`."""
+        attack = replace(attack, dtype="float32")
         if self.steps == 1:
             return replace(attack, num_steps=1, step_size=attack.eps or None, random_start=False)
         return replace(attack, num_steps=self.steps)

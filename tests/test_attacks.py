@@ -161,7 +161,8 @@ def test_equals_torchattacks(data, norm, eps, random_start):
     expected = reference(images, labels)
     torch.manual_seed(1)
     ours = pgd_attack(net, images, labels, attack)
-    assert (ours - expected).abs().max() <= 1e-6
+    # Rounding differs, as BatchNorm is folded meanwhile: an l2 step passes it on to the images, a sign does not.
+    assert (ours - expected).abs().max() <= (1e-6 if norm == "linf" else 2e-4 * eps)
     assert torch.equal(net(ours).argmax(1), net(expected).argmax(1))
 
 

@@ -9,6 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "hf_mrpf"
 FLOORS = {
+    "folding": -1,
     "attacks": 0,
     "allocation": 0,
     "modeling": 0,

@@ -385,6 +385,7 @@ def test_settings_are_complete_and_json(net):
         "step_size": ATTACK.step,
         "num_steps": 3,
         "random_start": True,
+        "dtype": "float32",
     }
     expected = {"method": "ascent", "gamma": 0.05, "num_steps": 2, "seed": 4, "images_per_set": [24, 24]}
     assert {name: settings[name] for name in expected} == expected

@@ -1,0 +1,216 @@
+"""
+The form of a network while an attack runs: BatchNorm folded into convolutions, weights laid out as kernels like them.
+
+An attack passes through a network many times at the same weights, so that what depends on weights alone is done once.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+LOGGER = logging.getLogger("hf_mrpf")
+# Exact classes, by their full names: a subclass may do anything with its weight.
+CONVOLUTIONS = (("torch.nn.modules.conv", "Conv2d"), ("timm.layers.conv2d_same", "Conv2dSame"))
+NORMS = (("torch.nn.modules.batchnorm", "BatchNorm2d"), ("timm.layers.norm_act", "BatchNormAct2d"))
+Forward = Callable[[Tensor], Any]
+
+
+class Pair(NamedTuple):
+    """A convolution, and the BatchNorm that alone reads what it writes."""
+
+    convolution: nn.Conv2d
+    norm: nn.BatchNorm2d
+
+
+class _Known(NamedTuple):
+    modules: list[nn.Module]
+    pairs: list[Pair]
+
+
+# Weak keys: what is known of a network ends with it. Its root is in no value, or it never would.
+_KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+
+
+def fast_layout(images: Tensor) -> torch.memory_format:
+    """The layout that convolutions are fastest in: channels last, but for single precision on a GPU."""
+    half = torch.is_autocast_enabled(images.device.type)
+    return torch.channels_last if half or images.device.type == "cpu" else torch.contiguous_format
+
+
+@contextmanager
+def folded_batchnorm(model: nn.Module, images: Tensor) -> Iterator[Forward]:
+    """
+    Folds each BatchNorm into the convolution before it, and unfolds it again, also after an exception.
+
+    `gamma * (W x + b - mean) / sqrt(var + eps) + beta` is one convolution. Which modules belong together is seen in the
+    first pass through a network, of any class: each of the two runs once, and the norm is the one operation that reads
+    what the convolution writes. That pass is itself not folded. Convolutions also get their weights in the layout of
+    `fast_layout`, and in the dtype of an autocast that is on. Parameters and buffers are left as they are. A compiled
+    network is left alone.
+
+    Args:
+        model (`nn.Module`): in eval mode, without gradients of parameters.
+        images (`Tensor` of shape `[N, 3, H, W]`): what will be run through it, for its device.
+
+    Yields:
+        `Callable`: runs the model, as `model(images)` does.
+    """
+    modules = list(model.modules())[1:]
+    if any(_is_compiled(module) for module in (model, *modules)):
+        yield model
+        return
+    known = _KNOWN.get(model)
+    # By identity: a module that was exchanged may have been one of a pair.
+    if known is not None and list(map(id, known.modules)) != list(map(id, modules)):
+        known = None
+    with ExitStack() as forms:
+        forms.enter_context(_converted(modules, images))
+        if known is not None:
+            forms.enter_context(_folded(known.pairs))
+
+        def forward(pixels: Tensor) -> Any:
+            nonlocal known
+            if known is not None:
+                return model(pixels)
+            with _watched(modules) as pairs:
+                output = model(pixels)
+            _KNOWN[model] = known = _Known(modules, pairs)
+            norms = sum(_name(module) in NORMS for module in modules)
+            LOGGER.info("%d of %d BatchNorm layers are folded into convolutions during attacks.", len(pairs), norms)
+            forms.enter_context(_folded(pairs))
+            return output
+
+        yield forward
+
+
+class _Reads(TorchDispatchMode):
+    """Counts the operations that read a tensor, from when the tensor is one of `written`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: dict[int, tuple[Any, Tensor, int]] = {}
+        self.count: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in tree_leaves((args, kwargs)):
+            if id(value) in self.written:
+                self.count[id(value)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _watched(modules: Sequence[nn.Module]) -> Iterator[list[Pair]]:
+    """The pairs among the modules, once a pass has been made."""
+    pairs: list[Pair] = []
+    read: list[tuple[Any, Tensor, int]] = []
+    runs: Counter[nn.Module] = Counter()
+    reads = _Reads()
+
+    def writes(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        runs[module] += 1
+        reads.written[id(output)] = module, output, output._version
+
+    def is_read(module: nn.Module, inputs: tuple) -> None:
+        runs[module] += 1
+        read.append((module, inputs[0], inputs[0]._version))
+
+    plain = [module for module in modules if _name(module) in CONVOLUTIONS + NORMS and not _is_watched(module)]
+    hooks = [module.register_forward_hook(writes) for module in plain if _name(module) in CONVOLUTIONS]
+    hooks += [module.register_forward_pre_hook(is_read) for module in plain if _name(module) in NORMS]
+    try:
+        with reads:
+            yield pairs
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for norm, tensor, version in read:
+        convolution, _, unchanged = reads.written.get(id(tensor), (None, None, None))
+        if convolution is None or version != unchanged or reads.count[id(tensor)] != 1:
+            continue
+        if runs[convolution] == runs[norm] == 1:
+            pairs.append(Pair(convolution, norm))
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody else looks at what passes through the module, or has replaced what it computes."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or "forward" in vars(module)
+
+
+def _is_plain(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
+    """Whether both compute what their classes say, precisely enough to be made one."""
+    exact = _is_ordinary(convolution) and convolution.weight.dtype in (torch.float32, torch.float64)
+    return exact and norm.running_var is not None and not (_is_watched(convolution) or _is_watched(norm))
+
+
+def _is_ordinary(convolution: nn.Module) -> bool:
+    """Whether the weight is a plain parameter: neither computed from others, nor sharded or quantized."""
+    return type(convolution._parameters.get("weight")) is nn.Parameter
+
+
+@contextmanager
+def _folded(pairs: Sequence[Pair]) -> Iterator[None]:
+    pairs = [pair for pair in pairs if _is_plain(*pair)]
+    kept = [(convolution, convolution.weight, convolution.bias) for convolution, _ in pairs]
+    try:
+        for convolution, norm in pairs:
+            mean: Any = norm.running_mean
+            variance: Any = norm.running_var
+            with torch.no_grad():
+                convolution.weight, convolution.bias = fuse_conv_bn_weights(
+                    convolution.weight, convolution.bias, mean, variance, norm.eps, norm.weight, norm.bias
+                )
+            vars(norm)["forward"] = _after(norm)
+        yield
+    finally:
+        for convolution, weight, bias in kept:
+            convolution.weight, convolution.bias = weight, bias
+        for _, norm in pairs:
+            vars(norm).pop("forward", None)
+
+
+@contextmanager
+def _converted(modules: Sequence[nn.Module], images: Tensor) -> Iterator[None]:
+    """Weights of convolutions in the layout of the images and in the dtype of autocast, which keeps no frozen ones."""
+    kind = images.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    kept: list[tuple[Any, nn.Parameter]] = []
+    try:
+        for module in modules:
+            weight = module._parameters.get("weight")
+            if weight is not None and _name(module) in CONVOLUTIONS and _is_ordinary(module):
+                kept.append((module, weight))
+                converted = weight.detach().to(dtype=dtype, memory_format=fast_layout(images))
+                module.weight = nn.Parameter(converted, requires_grad=False)
+        yield
+    finally:
+        for module, weight in kept:
+            module.weight = weight
+
+
+def _after(norm: Any) -> Callable[[Tensor], Tensor]:
+    """What a norm still does once it is folded: timm's carry their activation."""
+    if _name(norm) == NORMS[0]:
+        return _same
+    return lambda images: norm.act(norm.drop(images))
+
+
+def _same(images: Tensor) -> Tensor:
+    return images
+
+
+def _name(module: nn.Module) -> tuple[str, str]:
+    return type(module).__module__, type(module).__qualname__

@@ -1,0 +1,234 @@
+"""BatchNorm folded during attacks: the same function, found for any network, undone afterwards."""
+
+import copy
+import logging
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hf_mrpf import AttackConfig, PrunedForImageClassification, pgd_attack
+from hf_mrpf.attacks import frozen, logits_of
+from hf_mrpf.folding import CONVOLUTIONS, folded_batchnorm
+
+torch.set_num_threads(1)
+IMAGES = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+def randomised(net: nn.Module) -> nn.Module:
+    """Statistics, scales and shifts that are not the defaults, which hide faults."""
+    generator = torch.Generator().manual_seed(1)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1, generator=generator)
+            module.running_var.uniform_(0.5, 2, generator=generator)
+            if module.affine:
+                with torch.no_grad():
+                    module.weight.uniform_(0.5, 1.5, generator=generator)
+                    module.bias.normal_(0, 0.1, generator=generator)
+    return net.eval()
+
+
+def block(**settings) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=settings.get("bias", False)),
+        nn.BatchNorm2d(8, affine=settings.get("affine", True)),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, groups=settings.get("groups", 1)),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 5),
+    )
+
+
+def learnt(net: nn.Module) -> int:
+    """How many norms do nothing any more once a first pass has been made."""
+    images = IMAGES.to(next(net.parameters()).dtype)
+    with torch.no_grad(), frozen(net), folded_batchnorm(net, images) as forward:
+        forward(images)
+        return sum("forward" in vars(module) for module in net.modules() if isinstance(module, NORMS))
+
+
+NETWORKS = {
+    "plain": lambda: block(),
+    "bias, groups, no affine": lambda: block(bias=True, affine=False, groups=4),
+    "timm resnet": lambda: PrunedForImageClassification.from_backbone(
+        "timm/resnet18", num_labels=5, image_size=32, small_images=True
+    ),
+    "timm mobilenetv3": lambda: timm.create_model("tf_mobilenetv3_small_minimal_100", num_classes=5),
+    "timm regnet": lambda: timm.create_model("regnety_002", num_classes=5),
+    "mobilevit": lambda: PrunedForImageClassification.from_backbone(
+        "timm/mobilevit_xxs", num_labels=5, image_size=32, small_images=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_norm_of_a_network_is_folded_and_logits_move_by_rounding_alone(name):
+    net = randomised(NETWORKS[name]()).double()
+    images = IMAGES.double()
+    with torch.no_grad(), frozen(net):
+        expected = logits_of(net(images))
+        with folded_batchnorm(net, images) as forward:
+            watched = logits_of(forward(images))
+            folded = logits_of(forward(images))
+        assert torch.equal(logits_of(net(images)), expected)
+    # Channels last, convolutions sum in another order.
+    assert (watched - expected).abs().max() <= 1e-12 * expected.abs().max()
+    assert (folded - expected).abs().max() <= 1e-12 * expected.abs().max()
+    assert learnt(net) == sum(isinstance(module, nn.BatchNorm2d) for module in net.modules())
+
+
+def test_an_attack_finds_the_same_images_with_and_without():
+    net = randomised(NETWORKS["timm resnet"]()).double()
+    labels, attack, images = torch.arange(6) % 5, AttackConfig(num_steps=5), IMAGES.double()
+    adversarial = images.clone()
+    for _ in range(5):
+        adversarial.requires_grad_()
+        (gradient,) = torch.autograd.grad(
+            F.cross_entropy(net(adversarial).logits, labels, reduction="sum"), adversarial
+        )
+        moved = adversarial.detach() + attack.step * gradient.sign()
+        adversarial = torch.min(torch.max(moved, images - attack.eps), images + attack.eps).clamp(0, 1)
+    for _ in range(2):  # the first attack learns which modules belong together, the second knows
+        found = pgd_attack(net, images, labels, attack, start=images)
+        assert (found - adversarial).abs().max() <= 1e-12
+        assert found.is_contiguous()
+
+
+class Reads(nn.Module):
+    """A network in which something else than the norm may read what the first convolution writes."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.convolution, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 5)
+        self.other = other
+
+    def forward(self, images):
+        written = self.convolution(images)
+        extra = self.other(self, images, written)
+        normed = self.norm(written)
+        return self.head((normed.relu() + extra).mean((2, 3)))
+
+
+def in_place(net, images, written):
+    written.add_(0.5)
+    return 0
+
+
+OTHERS = {
+    "nothing else": (1, lambda net, images, written: 0),
+    "a shape": (1, lambda net, images, written: written.shape[0] * 0),
+    "a residual": (0, lambda net, images, written: written),
+    "a gate outside the graph": (0, lambda net, images, written: written.detach().mean()),
+    "a decision": (0, lambda net, images, written: float((written > 0).sum() > 10)),
+    "a change in place": (0, in_place),
+    "the convolution twice": (0, lambda net, images, written: net.convolution(images)),
+    "the norm twice": (0, lambda net, images, written: net.norm(images[:, :1, 2:, 2:].expand(-1, 8, -1, -1))),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_norm_is_folded_only_where_it_alone_reads_the_convolution(other):
+    count, read = OTHERS[other]
+    net = randomised(Reads(read))
+    assert learnt(net) == count
+    with torch.no_grad(), frozen(net):
+        expected = net(IMAGES)
+        with folded_batchnorm(net, IMAGES) as forward:
+            assert torch.allclose(forward(IMAGES), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_what_others_watch_or_compute_is_left_alone():
+    class Mine(nn.Conv2d):
+        def forward(self, images):
+            return super().forward(images) * 2
+
+    net = randomised(block())
+    net[0] = Mine(3, 8, 3)
+    assert learnt(net) == 1
+    net = randomised(block())
+    seen = []
+    net[1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    assert learnt(net) == 1
+    assert not torch.equal(seen[0], seen[0].clamp_min(0)) and len(seen) == 1
+    net = randomised(block())
+    torch.nn.utils.parametrizations.weight_norm(net[3])
+    assert learnt(net) == 1
+    net = randomised(block()).to(torch.bfloat16)
+    with torch.no_grad(), folded_batchnorm(net, IMAGES) as forward:
+        forward(IMAGES.bfloat16())
+        assert not any("forward" in vars(module) for module in net)
+    compiled = torch.compile(randomised(block()), backend="eager")
+    with folded_batchnorm(compiled, IMAGES) as forward:
+        assert forward is compiled
+
+
+def test_a_module_that_was_exchanged_or_watched_since_is_looked_at_again():
+    net = randomised(block())
+    assert learnt(net) == 2
+    net[4] = nn.BatchNorm2d(8, track_running_stats=False).eval()
+    assert learnt(net) == 1
+    net[1].register_forward_hook(lambda *_: None)
+    assert learnt(net) == 0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_parameters_and_forwards_are_put_back(fails):
+    net = randomised(block())
+    before, values = dict(net.named_parameters()), copy.deepcopy(net.state_dict())
+    learnt(net)
+    try:
+        with folded_batchnorm(net, IMAGES):
+            assert net[0].weight is not before["0.weight"] and net[0].bias is not None
+            if fails:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        pass
+    assert list(dict(net.named_parameters())) == list(before)
+    assert all(parameter is before[name] for name, parameter in net.named_parameters())
+    assert list(net.state_dict()) == list(values)
+    assert all(torch.equal(value, values[name]) for name, value in net.state_dict().items())
+    assert not any("forward" in vars(module) for module in net) and net[0].bias is None
+
+
+def test_no_pass_is_made_to_learn_and_the_log_says_what_is_folded(caplog):
+    passes = []
+    net = randomised(block())
+    net.register_forward_hook(lambda *_: passes.append(1))
+    with caplog.at_level(logging.INFO, "hf_mrpf"):
+        for _ in range(2):
+            pgd_attack(net, IMAGES, torch.zeros(6, dtype=torch.long), AttackConfig(num_steps=3))
+    assert len(passes) == 6
+    assert [record.message for record in caplog.records] == [
+        "2 of 2 BatchNorm layers are folded into convolutions during attacks."
+    ]
+
+
+def test_bfloat16_reaches_convolutions_and_pixels_stay_float32():
+    kinds = []
+
+    net = randomised(block())
+    net.register_forward_pre_hook(lambda module, inputs: kinds.append((inputs[0].dtype, module[3].weight.dtype)))
+    labels = torch.zeros(6, dtype=torch.long)
+    attack = AttackConfig(num_steps=2, dtype="bfloat16")
+    found = pgd_attack(net, IMAGES, labels, attack, start=IMAGES)
+    assert kinds == [(torch.float32, torch.bfloat16)] * 2
+    assert found.dtype == torch.float32 and (found - IMAGES).abs().max() <= attack.eps + 1e-6
+    plain = pgd_attack(net, IMAGES, labels, AttackConfig(num_steps=2), start=IMAGES)
+    assert ((found - plain).abs() > 1e-6).float().mean() <= 0.2
+    assert net[0].weight.dtype == torch.float32
+    with pytest.raises(ValueError, match="dtype is 'float16'; an attack computes in one of float32, bfloat16"):
+        AttackConfig(dtype="float16")
+    assert "bfloat16" in attack.describe()
+
+
+def test_convolutions_are_known_by_classes_that_exist():
+    for module, name in CONVOLUTIONS:
+        assert hasattr(__import__(module, fromlist=[name]), name)
