@@ -8,6 +8,9 @@ PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 # One process a core, since every test computes on one thread; a file stays in one of them, with what it sets up once.
 PARALLEL := -n auto --dist loadfile
 
+# Bytecode is kept whatever the shell says: else every process that a test or a launcher starts compiles torch again.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: prune test test-all test-oldest lint clean
 
 prune: $(READY)

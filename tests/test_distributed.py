@@ -1,11 +1,17 @@
-"""Two processes compute what one does: each a share of the images, the same model on both after every stage."""
+"""
+Two processes compute what one does: each a share of the images, the same model on both after every stage.
+
+On the CPU over gloo, and marked `nccl` on two GPUs over NCCL, where there are as many.
+"""
 
 import copy
+import dataclasses
 from itertools import chain
 
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from process_group import on_processes
 from torch import nn
 from transformers import TrainerCallback
@@ -37,11 +43,29 @@ QUICK = {
     "calibration_set_size": 21,
     "sensitivity_steps": 1,
     "recalibration_samples": 64,
-    "use_cpu": True,
     "report_to": "none",
     "disable_tqdm": True,
     "save_strategy": "no",
 }
+
+
+@pytest.fixture(params=["gloo", pytest.param("nccl", marks=pytest.mark.nccl)])
+def backend(request):
+    if request.param == "nccl" and torch.cuda.device_count() < 2:
+        pytest.skip(f"NCCL needs a GPU for each of two processes, and there are {torch.cuda.device_count()}")
+    return request.param
+
+
+def here(item):
+    """A copy of a model, or batches, on the device of this process."""
+    device = PartialState().device
+    if isinstance(item, nn.Module):
+        return copy.deepcopy(item).to(device)
+    return [(images.to(device), labels.to(device)) for images, labels in item]
+
+
+def quick(**changes):
+    return QUICK | {"use_cpu": PartialState().device.type == "cpu"} | changes
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +100,8 @@ def sets(data):
 
 def measured(net, sets, distributed):
     """Everything that is computed on shares of calibration images."""
-    example = torch.zeros(1, 3, 16, 16)
+    net, sets = here(net), here(sets)
+    example = torch.zeros(1, 3, 16, 16, device=PartialState().device)
     scores = {
         method: module_robustness_sensitivity(net, sets, ATTACK, method=method, distributed=distributed)
         for method in ("ascent", "first_order")
@@ -90,12 +115,13 @@ def measured(net, sets, distributed):
     }  # fmt: skip
     pruned = prune(copy.deepcopy(net), plans["taylor"])
     repaired = repair(pruned, net, plans["taylor"], sets, ATTACK, distributed=distributed)
-    return scores, {name: plan.kept for name, plan in plans.items()}, repaired.errors, pruned.state_dict()
+    weights = {name: tensor.cpu() for name, tensor in pruned.state_dict().items()}
+    return scores, {name: plan.kept for name, plan in plans.items()}, repaired.errors, weights
 
 
-def test_sensitivity_importance_and_repair_on_shares_equal_those_of_one_process(net, sets):
-    scores, kept, errors, weights = measured(net, sets, False)
-    both = on_processes(2, measured, net, sets, True)
+def test_sensitivity_importance_and_repair_on_shares_equal_those_of_one_process(net, sets, backend):
+    ((scores, kept, errors, weights),) = on_processes(1, measured, net, sets, False, backend=backend)
+    both = on_processes(2, measured, net, sets, True, backend=backend)
     for other_scores, other_kept, other_errors, other_weights in both:
         for method, values in scores.items():
             assert dict(other_scores[method]) == pytest.approx(dict(values), abs=1e-5)
@@ -124,7 +150,7 @@ class Counting(nn.Module):
 
 
 def evaluated(net, data, distributed, journal=None):
-    counting = Counting(net)
+    counting = Counting(here(net))
     report = evaluate_robustness(
         counting,
         data,
@@ -137,12 +163,13 @@ def evaluated(net, data, distributed, journal=None):
     return report, counting.seen
 
 
-def test_robust_evaluation_on_shares_gives_every_image_the_same_verdict_once(net, data, tmp_path):
-    whole, images = evaluated(net, data.test, False)
-    (first, seen), (second, seen_too) = on_processes(2, evaluated, net, data.test, True, tmp_path / "verdicts.jsonl")
+def test_robust_evaluation_on_shares_gives_every_image_the_same_verdict_once(net, data, tmp_path, backend):
+    journal = tmp_path / "verdicts.jsonl"
+    ((whole, images),) = on_processes(1, evaluated, net, data.test, False, backend=backend)
+    (first, seen), (second, seen_too) = on_processes(2, evaluated, net, data.test, True, journal, backend=backend)
     assert whole.num_samples == first.num_samples == len(data.test) == 41
     assert first.verdicts == second.verdicts == whole.verdicts
-    assert first == second
+    assert first == dataclasses.replace(second, device=first.device)
     assert (first.images, first.intervals, first.zero_gradient_share) == (
         whole.images,
         whole.intervals,
@@ -152,27 +179,26 @@ def test_robust_evaluation_on_shares_gives_every_image_the_same_verdict_once(net
     assert seen + seen_too == images
     assert min(seen, seen_too) > images / 3
     # What two processes wrote down, one goes on from, without a single forward pass.
-    again, forwards = evaluated(net, data.test, False, tmp_path / "verdicts.jsonl")
+    ((again, forwards),) = on_processes(1, evaluated, net, data.test, False, journal, backend=backend)
     assert again == whole
     assert forwards == 0
 
 
 def differing(net):
     """The check's message where rank 1 has one weight that differs in its last bit."""
-    model = copy.deepcopy(net)
-    group = Processes.of(True)
+    model, group = here(net), Processes.of(True)
     check_same_model(model, group, "at first")
     if group.rank == 1:
         weight = next(model.parameters())
         with torch.no_grad():
-            weight.view(-1)[0] = torch.nextafter(weight.view(-1)[0], torch.tensor(9.0))
+            weight.view(-1)[0] = torch.nextafter(weight.view(-1)[0], weight.new_tensor(9.0))
     with pytest.raises(ValueError) as error:
         check_same_model(model, group, "after training")
     return str(error.value)
 
 
-def test_models_that_differ_between_processes_are_noticed_on_every_one(net):
-    messages = on_processes(2, differing, net)
+def test_models_that_differ_between_processes_are_noticed_on_every_one(net, backend):
+    messages = on_processes(2, differing, net, backend=backend)
     assert messages[0] == messages[1]
     assert messages[0].startswith("after training processes 1 hold other weights than process 0")
     with pytest.raises(ValueError, match="distributed=True needs a running process group"):
@@ -221,7 +247,7 @@ def whole_story(folder, net, data):
         horizontal_flip=False,
         per_device_train_batch_size=8,
         max_steps=3,
-        **QUICK | {"save_strategy": "steps", "save_steps": 2},
+        **quick(save_strategy="steps", save_steps=2),
     )
     watch = Watch()
     trainer = MRPFTrainer(copy.deepcopy(net), args, data.train, data.validation, callbacks=[watch])
@@ -238,8 +264,14 @@ def whole_story(folder, net, data):
     return seen | {"streams": watch.streams, "models": watch.models, "saved": watch.saved}
 
 
-def test_the_trainer_keeps_two_processes_at_one_model_through_every_stage(tmp_path, net, data):
-    first, second = on_processes(2, whole_story, tmp_path / "two", net, data)
+def evaluated_and_pruned(folder, net, data):
+    """Metrics and plan of one process."""
+    trainer = MRPFTrainer(copy.deepcopy(net), MRPFConfig(str(folder), **quick()), data.train, data.validation)
+    return trainer.evaluate(), trainer.prune()
+
+
+def test_the_trainer_keeps_two_processes_at_one_model_through_every_stage(tmp_path, net, data, backend):
+    first, second = on_processes(2, whole_story, tmp_path / "two", net, data, backend=backend)
     for key in ("plan", "steps", "pruned", "models", "trained", "saved"):
         assert first[key] == second[key], key
     assert len(set(first["models"])) == 6
@@ -255,12 +287,9 @@ def test_the_trainer_keeps_two_processes_at_one_model_through_every_stage(tmp_pa
     assert weights_sha256(loaded) == first["models"][4]
     assert first["models"][4] in first["saved"]
     # 41 validation images do not halve: padded ones are not counted.
-    args = MRPFConfig(output_dir=str(tmp_path / "one"), **QUICK)
-    alone = MRPFTrainer(copy.deepcopy(net), args, data.train, data.validation)
-    metrics = alone.evaluate()
+    ((metrics, plan),) = on_processes(1, evaluated_and_pruned, tmp_path / "one", net, data, backend=backend)
     for name in ("eval_accuracy", "eval_robust_accuracy"):
         assert first["metrics"][name] == second["metrics"][name] == metrics[name]
-    plan = alone.prune()
     assert plan.kept == first["plan"]["kept"]
     assert plan.scores == pytest.approx(first["plan"]["scores"], abs=1e-5)
 
@@ -280,16 +309,16 @@ def steps_of(folder, data, batch_size):
         horizontal_flip=False,
         max_steps=2,
         per_device_train_batch_size=batch_size,
-        **QUICK,
+        **quick(),
     )
     trainer = MRPFTrainer(plain_net(), args, data.train)
     trainer.train()
-    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+    return torch.cat([parameter.detach().cpu().flatten() for parameter in trainer.model.parameters()])
 
 
-def test_two_processes_at_a_batch_take_the_steps_of_one_at_twice_the_batch(tmp_path, data):
-    alone = steps_of(tmp_path, data, 16)
-    first, second = on_processes(2, steps_of, tmp_path, data, 8)
+def test_two_processes_at_a_batch_take_the_steps_of_one_at_twice_the_batch(tmp_path, data, backend):
+    (alone,) = on_processes(1, steps_of, tmp_path, data, 16, backend=backend)
+    first, second = on_processes(2, steps_of, tmp_path, data, 8, backend=backend)
     start = torch.cat([parameter.detach().flatten() for parameter in plain_net().parameters()])
     assert torch.equal(first, second)
     torch.testing.assert_close(first, alone, rtol=0, atol=1e-6)

@@ -88,6 +88,10 @@ WHOLE = {
 }
 
 
+def slow(name):
+    return pytest.param(name, marks=pytest.mark.slow)
+
+
 def network(family):
     """The plain network."""
     source, _, values = family
@@ -159,7 +163,7 @@ def test_pruned_networks_load_again_bit_for_bit_in_a_fresh_process(tmp_path):
     assert json.loads(done.stdout) == dict.fromkeys(FAST, 0.0)
 
 
-@pytest.mark.parametrize("name", ["timm ViT", "transformers Swin", "timm MobileViT", "timm ResNeXt"])
+@pytest.mark.parametrize("name", ["timm ViT", "transformers Swin", slow("timm MobileViT"), "timm ResNeXt"])
 def test_what_loads_can_be_pruned_again_and_the_plan_says_so(name, tmp_path):
     model = wrapped(FAST[name]).eval()
     dense = {
@@ -193,7 +197,9 @@ def test_widths_are_rounded(name):
     assert count_macs(model, images) == plan.after["macs"]
 
 
-@pytest.mark.parametrize("name", ["timm DeiT", "timm Swin", "timm MobileViT", "transformers ViT", "transformers Swin"])
+@pytest.mark.parametrize(
+    "name", ["timm DeiT", "timm Swin", slow("timm MobileViT"), "transformers ViT", slow("transformers Swin")]
+)
 def test_whole_heads_can_go_instead(name):
     family = FAST[name]
     images = torch.rand(2, 3, family[1], family[1], dtype=torch.float64)
@@ -279,7 +285,7 @@ def test_every_layer_but_the_head_is_scored_as_a_member_of_its_unit(name):
     assert all(scores[member] > 0 for member in members)
 
 
-@pytest.mark.parametrize("name", ["timm ViT", "timm Swin", "timm MobileViT"])
+@pytest.mark.parametrize("name", ["timm ViT", "timm Swin", slow("timm MobileViT")])
 def test_fused_and_plain_attention_agree_after_pruning(name):
     model, images = network(FAST[name]).eval().double(), torch.rand(2, 3, FAST[name][1], FAST[name][1]).double()
     prune(model, plan_pruning(model, images, allocation="uniform", importance="random"))

@@ -78,7 +78,7 @@ def hoarding_attack(model, images, labels, attack, *, loss="ce", start=None):
     return adversarial.detach()
 
 
-@pytest.mark.parametrize("net", ["resnet", "checkpointed", "vit"])
+@pytest.mark.parametrize("net", [pytest.param("resnet", marks=pytest.mark.slow), "checkpointed", "vit"])
 def test_an_attack_keeps_no_graph_beyond_a_step(net):
     """Nor its activations: five steps take what one takes, and nothing stays but the images."""
     model = NARROW["vit" if net == "vit" else "resnet"]()
@@ -144,7 +144,7 @@ def fine_tune():
 @pytest.mark.parametrize(
     ("objective", "settings", "most", "graphs"),
     [
-        ("standard", {}, 1.3, 1.05),
+        pytest.param("standard", {}, 1.3, 1.05, marks=pytest.mark.slow),
         ("pgd", {}, 1.3, 1.05),
         ("trades", {}, 2.2, 2.05),
         ("trades", {"gradient_checkpointing": True}, 1.3, 1.3),
@@ -177,9 +177,16 @@ def test_a_leak_of_one_small_tensor_per_step_would_be_seen(monkeypatch):
     assert marks["step 6"][0] - marks["step 3"][0] == 3 * leaked[0].nbytes
 
 
-@pytest.mark.parametrize("net", ["resnet", "vit"])
-@pytest.mark.parametrize("method", ["ascent", "first_order"])
-def test_mrs_takes_little_more_than_a_forward_and_backward_at_its_batch(net, method):
+@pytest.mark.parametrize(
+    ("method", "net"),
+    [
+        ("ascent", "resnet"),
+        ("first_order", "vit"),
+        pytest.param("ascent", "vit", marks=pytest.mark.slow),
+        pytest.param("first_order", "resnet", marks=pytest.mark.slow),
+    ],
+)
+def test_mrs_takes_little_more_than_a_forward_and_backward_at_its_batch(method, net):
     """Model included; with many images, and with so few that the weights are most of it; a set in two parts alike."""
     size = 8 if net == "resnet" else 2
     images, labels = batch(2 * size)
@@ -263,7 +270,7 @@ def test_statistics_stay_the_buffers_of_their_module():
     assert all(int(buffer) == 2 for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked"))
 
 
-@pytest.mark.parametrize("name", ["timm resnet", "timm vit", "transformers vit"])
+@pytest.mark.parametrize("name", ["timm resnet", pytest.param("timm vit", marks=pytest.mark.slow), "transformers vit"])
 def test_checkpointing_reaches_the_blocks(name):
     """A training graph of four to eight blocks takes well under what it takes without."""
     model = (resnet(channels=(64, 64, 64, 64)) if name == "timm resnet" else CHECKPOINTED[name]()).train()

@@ -28,7 +28,10 @@ from hf_mrpf.sensitivity import module_robustness_sensitivity
 from hf_mrpf.units import pruning_units
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+# What is slow here is fast in test_families.py, pruned once less.
+@pytest.mark.parametrize(
+    "network", [pytest.param(name, marks=pytest.mark.slow if name == "mobilenet" else ()) for name in NETWORKS]
+)
 def test_a_pruned_network_equals_its_masked_original(network):
     check_family(*NETWORKS[network], targets=(0.5,), rounds=1)
 

@@ -1,5 +1,7 @@
 """`accelerate launch recipes/prune.py`, as a user runs it."""
 
+import contextlib
+import io
 import json
 import os
 import runpy
@@ -28,14 +30,14 @@ RESULT = {
     "run.json",
 }
 TINY = [
-    *("--max_train_samples", "200", "--max_eval_samples", "60", "--base_epochs", "1", "--num_train_epochs", "1"),
+    *("--max_train_samples", "100", "--max_eval_samples", "40", "--base_epochs", "1", "--num_train_epochs", "1"),
     *("--control_epochs", "1", "--num_steps", "2", "--calibration_sets", "2", "--calibration_set_size", "32"),
     *("--eval_num_steps", "2", "--optim", "adam", "--eps", "51/255", "--use_cpu"),
 ]
 
 
 NAMED = [
-    *("--max_train_samples", "200", "--max_eval_samples", "60", "--max_steps", "2", "--num_steps", "2", "--use_cpu"),
+    *("--max_train_samples", "100", "--max_eval_samples", "40", "--max_steps", "2", "--num_steps", "2", "--use_cpu"),
     *("--calibration_sets", "2", "--calibration_set_size", "32", "--eval_num_steps", "2", "--target", "0.6"),
 ]
 
@@ -44,6 +46,24 @@ def launch(*options: str, timeout: int = 600) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "accelerate.commands.launch", "recipes/prune.py", *options]
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def in_this_process(*options: str) -> subprocess.CompletedProcess:
+    """The recipe without the imports of a fresh interpreter, which take longer than a small run."""
+    command, out, err, status = ["recipes/prune.py", *options], io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", command)
+        try:
+            runpy.run_path(str(REPOSITORY / "recipes" / "prune.py"), run_name="__main__")
+        except SystemExit as end:
+            status = end.code
+    return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(params=[in_this_process, pytest.param(launch, marks=pytest.mark.slow)], ids=lambda way: way.__name__)
+def start(request):
+    """Starts the recipe with these options."""
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +84,7 @@ def test_the_first_line_a_line_a_stage_and_the_table(finished):
     assert [line.split()[0] for line in table] == ["model", "dense", "pruned", "fine-tuned"]
     for heading in ("clean", "PGD-20", "parameters", "MACs", "ms, batch 1", "ms, batch 64", "file"):
         assert heading in table[0]
-    assert "n = 60 images" in result.stdout
+    assert "n = 40 images" in result.stdout
     assert "linf eps = 0.2, 20 steps" in result.stdout
 
 
@@ -85,7 +105,7 @@ def test_the_report_the_table_and_the_card_say_the_same(finished):
     report = {key: content[key] for key in RobustnessReport.__dataclass_fields__}
     final = RobustnessReport.from_dict(report)
     assert set(final.attacks) == {"fgsm", "pgd20", "cw"}
-    assert (final.num_samples, final.eps) == (60, 0.2)
+    assert (final.num_samples, final.eps) == (40, 0.2)
     assert content["clean_accuracy"] == content["table"][-1]["accuracies"]["clean"]
     assert set(content["models"]) == {"dense", "pruned", "control"}
     assert set(content["stages"]["pruned"]["steps"]) == {"before", "removed", "repaired", "recalibrated"}
@@ -106,10 +126,10 @@ def test_the_result_loads_as_it_was_saved(finished):
     assert sum(p.numel() for p in model.parameters()) == PruningPlan.load(folder / "pruning_plan.json").after["params"]
 
 
-def test_a_second_call_prints_the_table_at_once(finished):
+def test_a_second_call_prints_the_table_at_once(start, finished):
     folder, first = finished
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-    again = launch("--output_dir", str(folder), *TINY)
+    again = start("--output_dir", str(folder), *TINY)
     assert again.returncode == 0, again.stderr[-3000:]
     table = [line for line in first.stdout.splitlines() if line.startswith("fine-tuned ")]
     assert table[0] in again.stdout
@@ -117,19 +137,19 @@ def test_a_second_call_prints_the_table_at_once(finished):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_other_settings_in_the_same_folder_are_refused_by_name(finished):
+def test_other_settings_in_the_same_folder_are_refused_by_name(start, finished):
     folder, _ = finished
     before = (folder / "run.json").read_bytes()
-    result = launch("--output_dir", str(folder), *TINY, "--target", "0.4")
+    result = start("--output_dir", str(folder), *TINY, "--target", "0.4")
     assert result.returncode != 0
     assert "target: 0.5 there, 0.4 here" in result.stderr
     assert "--overwrite_output_dir" in result.stderr
     assert (folder / "run.json").read_bytes() == before
 
 
-def test_a_finished_model_is_pruned_again_from_its_folder(finished, tmp_path):
+def test_a_finished_model_is_pruned_again_from_its_folder(start, finished, tmp_path):
     folder, _ = finished
-    result = launch("--output_dir", str(tmp_path / "again"), "--model_name_or_path", str(folder), *NAMED)
+    result = start("--output_dir", str(tmp_path / "again"), "--model_name_or_path", str(folder), *NAMED)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "[dense] taken as it is" in result.stdout
     assert "[control]" not in result.stdout

@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -52,26 +50,28 @@ def test_other_settings_are_named_and_overwrite_starts_again_without_touching_fo
 
 
 def test_a_second_live_writer_is_refused_with_the_pid_of_the_first(tmp_path):
-    script = (
-        "import sys, time\n"
-        "from hf_mrpf.run_folder import RunFolder\n"
-        f"with RunFolder({str(tmp_path)!r}, {SETTINGS!r}):\n"
-        "    print('open', flush=True)\n"
-        "    time.sleep(60)\n"
-    )
-    writer = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    ready, opened = os.pipe()
+    writer = os.fork()
+    if writer == 0:
+        try:
+            with RunFolder(tmp_path, SETTINGS):
+                os.write(opened, b"x")
+                time.sleep(60)
+        finally:
+            os._exit(0)  # never back into pytest
+    os.close(opened)
     try:
-        assert writer.stdout.readline() == "open\n"
+        assert os.read(ready, 1) == b"x"
         with (
-            pytest.raises(ValueError, match=rf"written by another run \(pid {writer.pid}"),
+            pytest.raises(ValueError, match=rf"written by another run \(pid {writer}"),
             RunFolder(tmp_path, SETTINGS),
         ):
             pass
         with pytest.raises(ValueError, match="written by another run"):
             RunFolder(tmp_path, SETTINGS).check()  # so a recipe learns it before it loads anything
     finally:
-        writer.kill()
-        writer.wait()
+        os.kill(writer, signal.SIGKILL)
+        os.waitpid(writer, 0)
     with RunFolder(tmp_path, SETTINGS):  # the lock of a killed writer is gone with it
         assert (tmp_path / "run.lock").read_text() == f"{os.getpid()}\n"
 

@@ -15,19 +15,28 @@ MOBILEVIT = {
 }
 
 
-@pytest.mark.parametrize("size", [32, 64])
+BACKBONES = {
+    "timm-v1": "timm/mobilevit_xxs",
+    "timm-v2": "timm/mobilevitv2_050",
+    "transformers-v1": MobileViTConfig(**MOBILEVIT),
+    "transformers-v2": MobileViTV2Config(width_multiplier=0.25),
+}
+# Each library, generation and size once.
+FAST = (("timm-v2", 64), ("transformers-v1", 32))
+
+
 @pytest.mark.parametrize(
-    "backbone",
+    ("name", "size"),
     [
-        "timm/mobilevit_xxs",
-        "timm/mobilevitv2_050",
-        MobileViTConfig(**MOBILEVIT),
-        MobileViTV2Config(width_multiplier=0.25),
+        pytest.param(name, size, marks=() if (name, size) in FAST else pytest.mark.slow)
+        for name in BACKBONES
+        for size in (32, 64)
     ],
-    ids=["timm-v1", "timm-v2", "transformers-v1", "transformers-v2"],
 )
-def test_mobilevit_keeps_a_last_map_of_four_by_four(backbone, size, tmp_path):
-    model = PrunedForImageClassification.from_backbone(backbone, num_labels=10, image_size=size, small_images=True)
+def test_mobilevit_keeps_a_last_map_of_four_by_four(name, size, tmp_path):
+    model = PrunedForImageClassification.from_backbone(
+        BACKBONES[name], num_labels=10, image_size=size, small_images=True
+    )
     maps = []
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
