@@ -71,9 +71,9 @@ def report(name: str, device: torch.device, threads: int, rows: list[dict[str, A
 
 def table(heads: list[str], rows: list[list[Any]]) -> str:
     """Markdown; numbers to the right."""
-    right = [all(isinstance(row[column], int | float) for row in rows) for column in range(len(heads))]
+    right = [all(isinstance(row[column], int | float | None) for row in rows) for column in range(len(heads))]
     lines = ["| " + " | ".join(heads) + " |", "| " + " | ".join("---:" if side else "---" for side in right) + " |"]
     for row in rows:
-        cells = [f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row]
+        cells = ["-" if cell is None else f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -166,7 +166,7 @@ def main() -> None:
     report(f"trades_step{'' if device.type == 'cpu' else '-cuda'}", device, args.threads, rows, bfloat16_timed=half)
     shown = [
         [row["network"], row["batch"], row["way"], row["forwards"], row["backwards"],
-         median(row["seconds"][clock_of(device)]), row["faster"], row["faster_wall"], row["target"] or "-"]
+         median(row["seconds"][clock_of(device)]), row["faster"], row["faster_wall"], row["target"]]
         for row in rows
     ]  # fmt: skip
     print(table(["network", "batch", "step", "forwards", "backwards", "seconds", "faster", "wall", "target"], shown))

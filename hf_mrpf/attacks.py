@@ -16,6 +16,8 @@ from .folding import fast_layout, folded_batchnorm
 
 # A pixel moves by at most 1; published l2 threat models use 0.5 (at 32x32) to 3 (at 224x224).
 MAX_EPS = {"linf": 1.0, "l2": 16.0}
+# Of the largest logit; float32 sums in two orders differ by a hundredth of it.
+ROUNDING = 1e-4
 # float16 is not among them: its gradients underflow without a scaler.
 DTYPES = ("float32", "bfloat16")
 
@@ -191,6 +193,7 @@ def pgd_attack(
     *,
     loss: str = "ce",
     start: Tensor | None = None,
+    until_fooled: bool = False,
 ) -> Tensor:
     """
     Search the ball around each image for the point that maximises the loss, by projected gradient steps.
@@ -214,15 +217,21 @@ def pgd_attack(
         start (`Tensor` of the shape of `images`, *optional*):
             First iterate, taken as it is: it is projected after the first step, not before. Defaults to a random point
             of the ball (global generator) where `attack.random_start`, else to the images.
+        until_fooled (`bool`, *optional*, defaults to `False`):
+            Whether an image leaves the batch as soon as an iterate is classified wrongly, by more than rounding: that
+            iterate is then what is returned for it. Needs class indices.
 
     Returns:
         `Tensor` of the shape of `images`: detached, within `attack.eps` of the images and within [0, 1].
 
     Raises:
-        ValueError: If the images are no pixels in [0, 1], labels or start do not fit them, or the loss is unknown.
+        ValueError: If the images are no pixels in [0, 1], labels or start do not fit them, the loss is unknown, or is
+            `"kl"` with `until_fooled`.
     """
     if loss not in LOSSES:
         raise ValueError(f"loss is {loss!r}; known losses: {', '.join(LOSSES)}.")
+    if until_fooled and loss == "kl":
+        raise ValueError("until_fooled needs the class of each image, and loss='kl' has none: choose 'ce' or 'margin'.")
     check_pixels(images)
     _check_labels(labels, len(images), logits=loss == "kl")
     if start is not None and start.shape != images.shape:
@@ -238,15 +247,28 @@ def pgd_attack(
     with _autocast(attack, images), eval_mode(model), frozen(model), folded_batchnorm(model, images) as forward:
         layout = fast_layout(images)
         images = images.contiguous(memory_format=layout)
-        adversarial = start.detach().clone(memory_format=layout)
+        found = start.detach().clone(memory_format=layout)
+        adversarial, places = found, None
         for _ in range(attack.num_steps):
             with torch.enable_grad():
-                value = LOSSES[loss](logits_of(forward(adversarial.requires_grad_())), labels)
+                logits = logits_of(forward(adversarial.requires_grad_()))
+                value = LOSSES[loss](logits, labels)
                 (gradient,) = torch.autograd.grad(value, adversarial)
             with torch.no_grad():
                 adversarial.requires_grad_(False)
+                if until_fooled and (fooled := _surely_wrong(logits, labels)).any():
+                    left = ~fooled
+                    places = torch.arange(len(found), device=found.device) if places is None else places
+                    found[places] = adversarial
+                    adversarial, gradient, images, labels, places = (
+                        tensor[left] for tensor in (adversarial, gradient, images, labels, places)
+                    )
+                    if not len(places):
+                        break
                 STEPS[attack.norm](adversarial, gradient, images, attack)
-    return adversarial.contiguous()
+    if places is not None:
+        found[places] = adversarial
+    return found.contiguous()
 
 
 def keyed_start(images: Tensor, indices: Sequence[int] | Tensor, attack: AttackConfig, seed: int) -> Tensor:
@@ -294,6 +316,13 @@ def _autocast(attack: AttackConfig, images: Tensor) -> AbstractContextManager[An
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _surely_wrong(logits: Tensor, labels: Tensor) -> Tensor:
+    """Whether another logit exceeds the true one by more than the rounding of another order of sums."""
+    true = logits.gather(1, labels[:, None])
+    others = logits.scatter(1, labels[:, None], -math.inf).amax(1, keepdim=True)
+    return (others - true > ROUNDING * logits.abs().amax(1, keepdim=True)).flatten()
 
 
 def _check_labels(labels: Tensor, count: int, *, logits: bool) -> None:

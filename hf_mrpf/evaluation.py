@@ -78,10 +78,11 @@ def evaluate_robustness(
     """
     Measure clean accuracy and robust accuracy under named attacks.
 
-    Images that are misclassified as they are count as fooled and are not attacked. The verdict on an attacked image is
-    that of the last iterate. Everything is computed in float32: a model with other weights is evaluated as a float32
-    copy. The random start of an image is keyed by the seed and its index in `data`, so that neither batch size nor
-    subset changes it. The model's modes, gradients and flags are left as they were.
+    Images that are misclassified as they are count as fooled and are not attacked, and an image leaves the batch once
+    an iterate fools the model: robust accuracy is that of the worst iterate, no higher than that of the last one, and
+    what fooled is classified again by the network as it is. Everything is computed in float32: a model with other
+    weights is evaluated as a float32 copy. The random start of an image is keyed by the seed and its index in `data`,
+    so that neither batch size nor subset changes it. The model's modes, gradients and flags are left as they were.
 
     Args:
         model (`nn.Module`):
@@ -201,6 +202,7 @@ def _settings(spec: NamedAttack, attack: AttackConfig) -> dict[str, Any]:
         "step_size": used.step,
         "restarts": spec.restarts,
         "random_start": used.random_start,
+        "fooled_by": "any iterate",
     }
 
 
@@ -347,7 +349,9 @@ def _robust(
             break
         keys = [indices[position] for position in alive.tolist()]
         start = keyed_start(images[alive], keys, used, seed + restart)
-        adversarial = pgd_attack(model, images[alive], labels[alive], used, loss=spec.loss, start=start)
+        adversarial = pgd_attack(
+            model, images[alive], labels[alive], used, loss=spec.loss, start=start, until_fooled=True
+        )
         with torch.no_grad():
             robust[alive] = _finite_logits(model, adversarial, keys).argmax(1) == labels[alive]
     return robust

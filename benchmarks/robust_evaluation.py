@@ -1,0 +1,128 @@
+"""
+Robust accuracy under PGD-20: `evaluate_robustness` beside `torchattacks.PGD` with the same eps, step and steps.
+
+    python benchmarks/robust_evaluation.py                            # on the digits that scikit-learn ships
+    python benchmarks/robust_evaluation.py --dataset FOLDER_OR_ID     # such as CIFAR-10
+
+A narrow ResNet is trained first, by PGD adversarial training, so that some images are misclassified, some are fooled
+and some withstand, as in what is evaluated in practice. Both evaluations then run in turns over the same test images,
+with random starts of their own; the ratio is of processor time on the CPU. Writes
+benchmarks/results/robust_evaluation.json.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torchattacks
+from side_by_side import clock_of, interleaved, ratio, report, table
+from torch import nn
+from trades_step import Logits
+
+from hf_mrpf import (
+    AttackConfig,
+    MRPFConfig,
+    MRPFTrainer,
+    PrunedForImageClassification,
+    evaluate_robustness,
+    load_image_data,
+)
+from hf_mrpf.data import as_pixel_dataset
+
+TARGET = 4.0
+
+
+def trained(data: Any, attack: AttackConfig, epochs: int, device: torch.device) -> PrunedForImageClassification:
+    """A narrow ResNet after `epochs` of PGD adversarial training."""
+    size = data.train[0]["pixel_values"].shape[-1] if "pixel_values" in data.train.column_names else None
+    torch.manual_seed(0)
+    model = PrunedForImageClassification.from_backbone(
+        "timm/resnet18", num_labels=10, image_size=size or 32, small_images=True,
+        layers=(1, 1, 1, 1), channels=(16, 32, 64, 64),
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        args = MRPFConfig(
+            folder, objective="pgd", eps=attack.eps, num_steps=3, num_train_epochs=epochs, save_strategy="no",
+            report_to="none", use_cpu=device.type == "cpu", log_level="error",
+        )  # fmt: skip
+        MRPFTrainer(model, args, data.train).train()
+    return model.to(device).eval()
+
+
+def by_torchattacks(model: nn.Module, images: Any, labels: Any, attack: AttackConfig, batch_size: int) -> float:
+    """Fraction of the images that withstand the last iterate of `torchattacks.PGD`."""
+    pgd = torchattacks.PGD(Logits(model), eps=attack.eps, alpha=attack.step, steps=attack.num_steps)
+    right = 0
+    for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        adversarial = pgd(x, y)
+        with torch.no_grad():
+            right += int((model(adversarial).logits.argmax(1) == y).sum())
+    return right / len(images)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="digits", help="As of recipes/prune.py.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--train_images", type=int, default=10_000)
+    parser.add_argument("--test_images", type=int, default=500)
+    parser.add_argument("--eps", type=float, default=8 / 255)
+    parser.add_argument("--batch_size", type=int, default=100)
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    torch.set_num_threads(args.threads)
+    data = load_image_data(args.dataset, max_train_samples=args.train_images, max_eval_samples=args.test_images)
+    attack = AttackConfig(eps=args.eps, num_steps=20)
+    model = trained(data, attack, args.epochs, device)
+    pixels = as_pixel_dataset(data.test, model.config.image_size)[:]
+    images, labels = pixels["pixel_values"].to(device), pixels["labels"].to(device)
+    found: dict[str, float] = {}
+
+    def ours() -> None:
+        measured = evaluate_robustness(model, (images, labels), ["pgd20"], attack, batch_size=args.batch_size)
+        found["clean"], found["hf_mrpf"] = measured.clean_accuracy, measured.attacks["pgd20"]
+
+    def theirs() -> None:
+        torch.manual_seed(0)
+        found["torchattacks"] = by_torchattacks(model, images, labels, attack, args.batch_size)
+
+    seconds = interleaved({"torchattacks": theirs, "hf_mrpf": ours}, args.rounds, device)
+    clock = clock_of(device)
+    rows = [
+        {
+            "way": way,
+            "robust_accuracy": found[way],
+            "faster": ratio(seconds, way, "torchattacks", clock),
+            "target": TARGET if way == "hf_mrpf" else None,
+            "seconds": seconds[way],
+        }
+        for way in seconds
+    ]
+    sys.argv = [Path(argument).name if Path(argument).is_dir() else argument for argument in sys.argv]
+    name = f"robust_evaluation{'' if device.type == 'cpu' else '-cuda'}"
+    settings = {"images": len(images), "clean_accuracy": found["clean"], "attack": attack.describe()}
+    report(name, device, args.threads, rows, dataset=Path(args.dataset).name, **settings)
+    print(f"{len(images)} test images of {Path(args.dataset).name}, clean accuracy {found['clean']:.3f}")
+    shown = [
+        [
+            row["way"],
+            f"{row['robust_accuracy']:.3f}",
+            median(row["seconds"][clock]),
+            row["faster"],
+            row["target"] or "-",
+        ]
+        for row in rows
+    ]
+    print(table(["PGD-20", "robust accuracy", "seconds", "faster", "target"], shown))
+
+
+if __name__ == "__main__":
+    main()
