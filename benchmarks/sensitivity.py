@@ -4,11 +4,11 @@ Module robustness sensitivity of all modules of a network, beside the loop over 
     python benchmarks/sensitivity.py                  # on the CPU; writes benchmarks/results/sensitivity.json
     python benchmarks/sensitivity.py --device cuda    # writes benchmarks/results/sensitivity-cuda.json
 
-"naive" is Alg. 1 of RiFT (arXiv 2308.02533) for one module: ten times a forward and a backward to its weights, a step, the
-projection, and a forward for the value. It is timed on some modules, evenly spaced over the network, and scaled to all of
-them. Both start from the same adversarial images, whose attack is not timed, and give the same values. Rounds take turns.
-The agreement of `ascent` with `exact` is measured on a narrow ResNet after PGD adversarial training, next to what two
-disjoint sets of images agree on: the most that any measurement of one set can reach.
+"naive" is Alg. 1 of RiFT (arXiv 2308.02533) for one module: ten times a forward and a backward to its weights, a step,
+the projection, and a forward for the value. It is timed on some modules, evenly spaced over the network, and scaled to
+all of them. Both start from the same images, as adversarial ones are given and their attack is not timed, and give the
+same values. Rounds take turns. The agreement of `ascent` with `exact` is measured on a narrow ResNet after PGD
+adversarial training, next to what two disjoint sets of images agree on: the most that one set can tell.
 """
 
 import argparse
@@ -171,9 +171,7 @@ def main() -> None:
     curve = growth(device, args.rounds)
     print(table(["images", "modules", "seconds"], [list(row.values()) for row in curve]), flush=True)
     found = agreement(args.dataset, args.epochs, device)
-    print(
-        f"Spearman of ascent with exact {found['ascent_to_exact']:.3f}, of two sets {found['exact_between_two_sets']:.3f}"
-    )
+    print(", ".join(f"Spearman, {name.replace('_', ' ')}: {value:.3f}" for name, value in found.items()))
     sys.argv = [Path(argument).name if Path(argument).is_dir() else argument for argument in sys.argv]
     name = f"sensitivity{'' if device.type == 'cpu' else '-cuda'}"
     report(name, device, args.threads, rows, growth=curve, spearman=found, dataset=Path(args.dataset).name)

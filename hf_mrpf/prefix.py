@@ -103,7 +103,7 @@ class _Ended(NamedTuple):
 
 
 class _Call:
-    """A call of a module that has not ended: what it was given and has read, and the calls within it that have ended."""
+    """A call of a module that has not ended: what it was given and has read, and the calls in it that have ended."""
 
     def __init__(self, given: Any = ()) -> None:
         self.given = [(leaf, leaf._version) for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
