@@ -6,6 +6,7 @@ ended by then depends on that weight; later passes take its output instead of ru
 modules run again, and of outputs only those are kept that they, or the rest of the network, still need.
 """
 
+import logging
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .folding import is_compiled
 
+LOGGER = logging.getLogger("hf_mrpf")
 Kept = tuple[Any, int | None]  # what a module returned, and the place of the argument that this was
 
 
@@ -35,6 +37,8 @@ class Prefix:
         self._kept: dict[nn.Module, list[Kept]] = {}
         self._read: set[int] = set()  # parameters that what is kept was computed with
         self._compiled = any(is_compiled(module) for module in model.modules())
+        if self._compiled:
+            LOGGER.info("Every pass is a whole one: this %s is compiled.", type(model).__name__)
 
     def stop_before(self, weights: Iterable[Tensor]) -> None:
         """
@@ -152,7 +156,10 @@ class _Watch(TorchDispatchMode):
         ended = [entry for call in self.open for entry in call.ended]
         for call in self.open:
             call.ended = []
+        last = ended[-1].module if ended else None
         references = _references(ended, read)
+        if last is not None and not references:
+            LOGGER.info("Passes are whole ones up to %s: an output before it is overwritten.", type(last).__name__)
         # Only now does nobody hold an output that is not needed.
         for module, leaves, shape, place in references:
             output = tree_unflatten([leaf() for leaf in leaves], shape)
