@@ -244,7 +244,7 @@ def pgd_attack(
     if start is None:
         start = _random_start(images, attack, None) if attack.random_start else images
 
-    with _autocast(attack, images), eval_mode(model), frozen(model), folded_batchnorm(model, images) as forward:
+    with _autocast(attack, images), eval_mode(model), frozen(model), folded_batchnorm(model, images):
         layout = fast_layout(images)
         images = images.contiguous(memory_format=layout)
         adversarial = start.detach().clone(memory_format=layout)
@@ -252,7 +252,7 @@ def pgd_attack(
         found, places = None, torch.arange(len(images), device=images.device)
         for _ in range(attack.num_steps):
             with torch.enable_grad():
-                logits = logits_of(forward(adversarial.requires_grad_()))
+                logits = logits_of(model(adversarial.requires_grad_()))
                 value = LOSSES[loss](logits, labels)
                 (gradient,) = torch.autograd.grad(value, adversarial)
             with torch.no_grad():

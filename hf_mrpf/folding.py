@@ -6,8 +6,8 @@ An attack passes through a network many times at the same weights, so that what 
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -21,7 +21,6 @@ LOGGER = logging.getLogger("hf_mrpf")
 # Exact classes, by their full names: a subclass may do anything with its weight.
 CONVOLUTIONS = (("torch.nn.modules.conv", "Conv2d"), ("timm.layers.conv2d_same", "Conv2dSame"))
 NORMS = (("torch.nn.modules.batchnorm", "BatchNorm2d"), ("timm.layers.norm_act", "BatchNormAct2d"))
-Forward = Callable[[Tensor], Any]
 
 
 class Pair(NamedTuple):
@@ -47,49 +46,56 @@ def fast_layout(images: Tensor) -> torch.memory_format:
 
 
 @contextmanager
-def folded_batchnorm(model: nn.Module, images: Tensor) -> Iterator[Forward]:
+def folded_batchnorm(model: nn.Module, images: Tensor) -> Iterator[None]:
     """
     Folds each BatchNorm into the convolution before it, and unfolds it again, also after an exception.
 
-    `gamma * (W x + b - mean) / sqrt(var + eps) + beta` is one convolution. Which modules belong together is seen in the
-    first pass through a network, of any class: each of the two runs once, and the norm is the one operation that reads
-    what the convolution writes. That pass is itself not folded. Convolutions also get their weights in the layout of
+    `gamma * (W x + b - mean) / sqrt(var + eps) + beta` is one convolution. Which modules belong together is seen in a
+    pass of one image through a network of any class, once in its life: each of the two runs once, and the norm is the
+    one operation that reads what the convolution writes. Convolutions also get their weights in the layout of
     `fast_layout`, and in the dtype of an autocast that is on. Parameters and buffers are left as they are. A compiled
     network is left alone.
 
     Args:
         model (`nn.Module`): in eval mode, without gradients of parameters.
-        images (`Tensor` of shape `[N, 3, H, W]`): what will be run through it, for its device.
-
-    Yields:
-        `Callable`: runs the model, as `model(images)` does.
+        images (`Tensor` of shape `[N, 3, H, W]`): what will be run through it; the first is looked at.
     """
-    modules = list(model.modules())[1:]
-    if any(is_compiled(module) for module in (model, *modules)):
-        yield model
-        return
+    modules = _plain_modules(model)
+    with _folded(_pairs(model, modules, images)), _converted(modules, images):
+        yield
+
+
+@contextmanager
+def folded_except(model: nn.Module, images: Tensor, weights: Iterable[Tensor]) -> Iterator[None]:
+    """As [`folded_batchnorm`], but with those weights, which may then be changed, as they are; layouts stay."""
+    spared = {id(weight) for weight in weights}
+    pairs = _pairs(model, _plain_modules(model), images)
+    with _folded([pair for pair in pairs if id(pair.convolution.weight) not in spared]):
+        yield
+
+
+def _plain_modules(model: nn.Module) -> list[nn.Module]:
+    """Every module below the root; none of a compiled network."""
+    modules = list(model.modules())
+    return [] if any(map(is_compiled, modules)) else modules[1:]
+
+
+def _pairs(model: nn.Module, modules: list[nn.Module], images: Tensor) -> list[Pair]:
     known = _KNOWN.get(model)
     # By identity: a module that was exchanged may have been one of a pair.
-    if known is not None and list(map(id, known.modules)) != list(map(id, modules)):
-        known = None
-    with ExitStack() as forms:
-        forms.enter_context(_converted(modules, images))
-        if known is not None:
-            forms.enter_context(_folded(known.pairs))
-
-        def forward(pixels: Tensor) -> Any:
-            nonlocal known
-            if known is not None:
-                return model(pixels)
-            with _watched(modules) as pairs:
-                output = model(pixels)
-            _KNOWN[model] = known = _Known(modules, pairs)
-            norms = sum(_name(module) in NORMS for module in modules)
-            LOGGER.info("%d of %d BatchNorm layers are folded into convolutions during attacks.", len(pairs), norms)
-            forms.enter_context(_folded(pairs))
-            return output
-
-        yield forward
+    if known is not None and list(map(id, known.modules)) == list(map(id, modules)):
+        return known.pairs
+    norms = sum(_name(module) in NORMS for module in modules)
+    if not norms or not len(images):
+        return []
+    # Apart from the work itself, which is then the same bit for bit in a process that knows and in one that does not;
+    # by its forward, since what hooks into the model is there to see that work.
+    precise, same_noise = torch.autocast(images.device.type, enabled=False), [images.device] if images.is_cuda else []
+    with torch.random.fork_rng(same_noise), torch.no_grad(), precise, _watched(modules) as pairs:
+        model.forward(images[:1])
+    _KNOWN[model] = _Known(modules, pairs)
+    LOGGER.info("%d of %d BatchNorm layers are folded into convolutions during attacks.", len(pairs), norms)
+    return pairs
 
 
 class _Reads(TorchDispatchMode):

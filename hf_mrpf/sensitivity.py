@@ -317,9 +317,10 @@ def _scores(
             continue
         forwards, backwards = measure.forwards, measure.backwards
         radius = gamma * norm(piece.view for piece in pieces)
-        if steps and radius and norm(gradient):
-            measure.only_change(pieces)
-        score = ascend(pieces, gradient, radius, steps, measure, loss) if steps else radius * norm(gradient)
+        score = radius * norm(gradient)  # 0 where the loss does not depend on them
+        if steps and score:
+            with measure.changing_only(pieces):
+                score = ascend(pieces, gradient, radius, steps, measure, loss)
         yield {
             "name": name,
             "score": score,

@@ -1,7 +1,8 @@
 """Projected gradient ascent on weights: how far the robust loss rises within a ball around a module's weights."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from .attacks import logits_of
 from .calibration import AttackedBatch
+from .folding import fast_layout, folded_except
 from .prefix import Prefix
 from .processes import Processes
 
@@ -39,12 +41,19 @@ class RobustLoss:
     prefixes: list[Prefix] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.prefixes = [Prefix(self.model, images) for _, images, _ in self.parts]
+        layouts = [images.contiguous(memory_format=fast_layout(images)) for _, images, _ in self.parts]
+        self.prefixes = [Prefix(self.model, images) for images in layouts]
 
-    def only_change(self, pieces: Sequence[Piece]) -> None:
-        """From now on only these weights change: what the network computes before it reads them is kept."""
-        for prefix in self.prefixes:
-            prefix.stop_before({id(piece.weight): piece.weight for piece in pieces}.values())
+    @contextmanager
+    def changing_only(self, pieces: Sequence[Piece]) -> Iterator[None]:
+        """Meanwhile only these weights change: what the network computes before it reads them is kept."""
+        weights = list({id(piece.weight): piece.weight for piece in pieces}.values())
+        with ExitStack() as forms:
+            for prefix in self.prefixes[:1]:
+                forms.enter_context(folded_except(self.model, prefix.images, weights))
+            for prefix in self.prefixes:
+                prefix.stop_before(weights)
+            yield
 
     def __call__(self, pieces: Sequence[Piece] = ()) -> tuple[float, list[Tensor]]:
         """The loss in nats and its gradient for each piece, 0 for one that the loss does not depend on."""

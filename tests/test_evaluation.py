@@ -110,7 +110,8 @@ def test_attacked_are_only_the_correct_ones_in_eval_mode():
     model.norm.eval()
     evaluate_robustness(model, (images, labels), ("pgd20",), AttackConfig(eps=1e-6), batch_size=64)
     assert model.batches[0] == (False, 64, torch.float32)
-    assert set(model.batches[1:]) == {(False, int(correct.sum()), torch.float32)}
+    # One image shows which BatchNorm belongs to which convolution.
+    assert set(model.batches[1:]) == {(False, 1, torch.float32), (False, int(correct.sum()), torch.float32)}
     assert model.training and not model.norm.training
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
