@@ -234,6 +234,8 @@ def _tied(groups: list[Places], layers: Mapping[str, Layer]) -> list[Places]:
     Groups of channels whose channels are tied with one another's become one.
     """
     parents, fixed = _ties(groups, layers)
+    if not parents and not fixed:
+        return groups
     classes: dict[Channel, list[Channel]] = defaultdict(list)
     for number, places in enumerate(groups):
         for channel in range(len(next(iter(places.values())))):

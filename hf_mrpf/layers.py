@@ -1,6 +1,7 @@
 """The layers of a network: their shapes, what they cost, and which indices of their sides are which channels."""
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,21 @@ class Layer:
     def loses_groups(self) -> bool:
         """Whether a grouped convolution loses whole groups, rather than channels in every group: what is finer."""
         return self.kind == "grouped" and self.groups >= self.ins
+
+
+def twin(model: nn.Module, remake: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy of a model that has `remake(tensor)` in the place of each parameter and buffer, which are not copied."""
+    tensors: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        made = remake(tensor)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        tensors[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if is_parameter else made
+    return copy.deepcopy(model, tensors)
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy of a model without any value: forward passes on the meta device compute shapes alone, in no time."""
+    return twin(model, lambda tensor: torch.empty_like(tensor, device="meta"))
 
 
 def measure_layers(
