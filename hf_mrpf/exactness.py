@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .architectures import channel_axis
 from .attacks import logits_of
-from .layers import Layer, skeleton, twin
+from .layers import Layer, shapes_only, skeleton, twin
 
 TOLERANCE = 1e-9
 # Between the random numbers of two weights.
@@ -67,7 +67,7 @@ def removal_error(
 def _training_fault(model: nn.Module, images: Tensor) -> Exception | None:
     """What a forward pass in train mode raises, on shapes alone: nothing is computed."""
     try:
-        with torch.device("meta"):
+        with shapes_only():
             model.to("meta").train()(torch.zeros(2, *images.shape[1:], dtype=images.dtype))
     except Exception as error:  # an arbitrary network may refuse in any way
         return error

@@ -266,7 +266,7 @@ def _check_options(
 
 
 def _sums_are_finite(model: nn.Module) -> bool:
-    """Whether every weight is plainly finite: far faster than a look at each, which says the name of one that is not."""
+    """Whether every weight is plainly finite: far faster than a look at each, which names one that is not."""
     tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
     with torch.no_grad():
         return all(tensor.sum().isfinite() for tensor in tensors)

@@ -13,7 +13,7 @@ from .attention import FoundAttention, find_attention, head_parts, head_slots, r
 from .coupling import couple
 from .exactness import TOLERANCE, removal_error
 from .groups import importance_group
-from .layers import PRODUCERS, Layer, Slot, loose_parameters, measure_layers, parameter_layer, skeleton
+from .layers import PRODUCERS, Layer, Slot, loose_parameters, measure_layers, parameter_layer, shapes_only, skeleton
 from .surgery import cut_layer, scale_rows
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ def trace_units(model: nn.Module, example: Tensor, *, heads: bool = False, check
         raise unsupported("", model, "has no weights")
     example = example[:1].to(reference.device, reference.dtype)
     try:
-        with torch.device("meta"):
+        with shapes_only():
             layers, coupled = _follow(skeleton(model), example.to("meta"), kinds, attentions)
     except Exception:  # code that reads values fails on shapes alone in any way; what cannot be pruned fails again
         layers, coupled = _follow(model, example, kinds, attentions)
@@ -283,7 +283,7 @@ def _check_some(model: nn.Module, example: Tensor, graph: UnitGraph, kept: Mappi
 def _takes(model: nn.Module, images: Tensor) -> bool:
     """Whether a network runs on images of that size."""
     try:
-        with torch.device("meta"), torch.no_grad():
+        with shapes_only(), torch.no_grad():
             skeleton(model).eval()(images.to("meta"))
     except Exception:  # an arbitrary network may refuse in any way
         return False
