@@ -2,16 +2,19 @@
 hf_mrpf: small vision models that still withstand adversarial attack.
 
 Module Robust Pruning and Fine-Tuning (arXiv 2410.15176) for timm and transformers backbones. Importing the package
-registers the model class with the Auto classes; everything heavier is loaded when it is first asked for.
+registers the model with the Auto classes; its class and everything heavier is loaded when it is first asked for.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .modeling import PrunedConfig, PrunedForImageClassification
+from transformers import AutoConfig, PreTrainedConfig
 
 # Not on first use: loading the submodule later would put it in the place of the function of the same name.
 from .repair import repair
+
+if TYPE_CHECKING:
+    from .modeling import PrunedConfig, PrunedForImageClassification
 
 __version__ = "0.1.0"
 
@@ -29,6 +32,7 @@ _LAZY = {
     "hub": ("push_folder",),
     "allocation": ("ALLOCATIONS",),
     "importance": ("IMPORTANCES",),
+    "modeling": ("PrunedConfig", "PrunedForImageClassification"),
     "objectives": ("OBJECTIVES", "ObjectiveOutput"),
     "plan": ("PruningPlan",),
     "pruning": ("plan_pruning", "prune"),
@@ -39,18 +43,33 @@ _LAZY = {
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 
 __all__ = ["PrunedConfig", "PrunedForImageClassification", "repair"]
-__all__ += _HOME
+__all__ += [name for name in _HOME if name not in __all__]
 
 
-def _push_to_hub(self: PrunedForImageClassification, repo_id: str, **options: Any) -> Any:
-    """Send the model to the Hub with a short card, see [`hf_mrpf.hub.push_model`]."""
-    from .hub import push_model
+class _Registered(PreTrainedConfig):
+    """
+    Stands for `PrunedConfig` with the Auto classes until one is made.
 
-    return push_model(self, repo_id, **options)
+    What `PreTrainedModel` imports takes seconds; whoever makes a config loads `modeling.py`, which registers both.
+    """
+
+    model_type = "mrpf"
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return __getattr__("PrunedConfig")(*args, **kwargs)
+
+    @classmethod
+    def from_dict(cls, *args: Any, **kwargs: Any) -> Any:
+        """As `PrunedConfig.from_dict`."""
+        return __getattr__("PrunedConfig").from_dict(*args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As `PrunedConfig.from_pretrained`."""
+        return __getattr__("PrunedConfig").from_pretrained(*args, **kwargs)
 
 
-# The modeling file travels with checkpoints and so cannot ask for the card itself; a copy pushes as transformers does.
-PrunedForImageClassification.push_to_hub = _push_to_hub  # type: ignore[method-assign,assignment]
+AutoConfig.register(_Registered.model_type, _Registered, exist_ok=True)
 
 
 def __getattr__(name: str) -> Any:

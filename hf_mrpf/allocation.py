@@ -1,6 +1,7 @@
 """How much to remove from each unit: pure functions of scores, widths and costs, no tensor."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 
@@ -149,8 +150,9 @@ def allowed_widths(width: int, max_ratio: float, min_channels: int, round_to: in
 
 
 def nearest_width(options: Sequence[int], wanted: float) -> int:
-    """The allowed width nearest to `wanted`; of two as near, the larger."""
-    return min(options, key=lambda width: (abs(width - wanted), -width))
+    """The allowed width nearest to `wanted`, of increasing ones; of two as near, the larger."""
+    place = bisect_left(options, wanted)
+    return min(options[max(place - 1, 0) : place + 1], key=lambda width: (abs(width - wanted), -width))
 
 
 def meet_target(

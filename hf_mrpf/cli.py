@@ -8,13 +8,15 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import HfArgumentParser, TrainingArguments
 
 from .config import MRPFConfig
-from .data import ImageData, load_image_data
-from .modeling import PrunedConfig, PrunedForImageClassification, with_new_head
+
+if TYPE_CHECKING:  # what is wrong with an argument is said before these are loaded
+    from .data import ImageData
+    from .modeling import PrunedConfig, PrunedForImageClassification
 
 RECOVERY_EPOCHS = 5.0
 FRACTIONS = ("eps", "step_size")
@@ -92,6 +94,12 @@ class ModelArguments:
             "help": "Epochs of adversarial training of the dense model; 0 for one of ours with these classes, else 20."
         },
     )
+
+    def __post_init__(self) -> None:
+        if self.model_name_or_path is not None:
+            _check_place(self.model_name_or_path)
+        if self.backbone_kwargs is not None:
+            _json_object(self.backbone_kwargs)
 
 
 @dataclass
@@ -201,8 +209,10 @@ def run_settings(*arguments: Any) -> dict[str, Any]:
     }
 
 
-def load_data(arguments: DataArguments, image_size: int | None, seed: int) -> ImageData:
+def load_data(arguments: DataArguments, image_size: int | None, seed: int) -> "ImageData":
     """The images the options name."""
+    from .data import load_image_data
+
     return load_image_data(
         arguments.dataset_name,
         arguments.dataset_config_name,
@@ -217,14 +227,13 @@ def load_data(arguments: DataArguments, image_size: int | None, seed: int) -> Im
     )
 
 
-def own_config(name: str | None, revision: str | None = None) -> PrunedConfig | None:
+def own_config(name: str | None, revision: str | None = None) -> "PrunedConfig | None":
     """The config of `name` where it is a folder or Hub id of a model that this library saved, else None."""
     if name is None or name.startswith("timm/") or ("/" not in name and not Path(name).is_dir()):
         return None
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise ValueError(f"--model_name_or_path {name} is a folder without config.json, so it holds no model.")
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise ValueError(f"--model_name_or_path {name}: there is no such folder.")
+    _check_place(name)
+    from .modeling import PrunedConfig
+
     # Not AutoConfig: of a model that is not ours it may ask whether to run code.
     values, _ = PrunedConfig.get_config_dict(name, revision=revision)
     if values.get("model_type") != PrunedConfig.model_type:
@@ -238,8 +247,10 @@ def starts_fresh(arguments: ModelArguments) -> bool:
     return not (arguments.pretrained or "/" in name or "." in name or Path(name).is_dir())
 
 
-def build_model(arguments: ModelArguments, data: ImageData) -> PrunedForImageClassification:
+def build_model(arguments: ModelArguments, data: "ImageData") -> "PrunedForImageClassification":
     """The dense (or already pruned) model that the options name, with the classes of the data set."""
+    from .modeling import PrunedForImageClassification, with_new_head
+
     name = arguments.model_name_or_path
     if name is None:
         raise ValueError(
@@ -272,6 +283,15 @@ def build_model(arguments: ModelArguments, data: ImageData) -> PrunedForImageCla
         revision=arguments.model_revision,
         **kwargs,
     )
+
+
+def _check_place(name: str) -> None:
+    if name.startswith("timm/"):
+        return
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ValueError(f"--model_name_or_path {name} is a folder without config.json, so it holds no model.")
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise ValueError(f"--model_name_or_path {name}: there is no such folder.")
 
 
 def _json_object(text: str) -> dict[str, Any]:

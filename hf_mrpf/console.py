@@ -5,7 +5,8 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from safetensors import SafetensorError
@@ -108,13 +109,24 @@ def quieten() -> None:
 
 
 def report_errors(main: Callable[[], None]) -> None:
+    """Runs `main` within [`errors_told`], and leaves the group of processes behind it."""
+    try:
+        with errors_told():
+            with_worker_named(main)
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def errors_told() -> Iterator[None]:
     """
-    Runs `main`; what a user can put right is printed as one message, and the exit status is 2.
+    What a user can put right is printed as one message, and the exit status is 2.
 
     A launch that every process refuses is spoken of by the first one alone.
     """
     try:
-        with_worker_named(main)
+        yield
     except (ValueError, ImportError, OSError, EOFError, MemoryError, RuntimeError, SafetensorError) as error:
         message = explain(error)
         if message is None:
@@ -126,6 +138,3 @@ def report_errors(main: Callable[[], None]) -> None:
             rank = int(os.environ.get("RANK", 0))  # as torchrun and accelerate launch set it
             print(f"error{f' on process {rank}' if rank else ''}: {message}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()

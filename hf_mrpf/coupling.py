@@ -65,6 +65,8 @@ def couple(
     for group in _groups(model, example, boxes):
         width = len(group[0].idxs)
         places: Places = {}
+        # Most layers of a residual stream have the same indices: made once, they are one list.
+        same: dict[Any, list[list[int]]] = {}
         for item in group.items:
             module = item.dep.target.module
             out = item.dep.handler.__name__ == "prune_out_channels"
@@ -82,10 +84,14 @@ def couple(
                 sides = ((name, "both" if both else "out" if out else "in"),)
             if sides and None in item.root_idxs:
                 raise unsupported("", model, "reshapes channels in a way that torch-pruning cannot follow")
-            for layer, side in sides:
-                positions = places[layer, side] = [[] for _ in range(width)]
+            if not sides:
+                continue
+            key = (tuple(item.idxs), tuple(item.root_idxs), blocks, size)
+            if key not in same:
+                positions = same[key] = [[] for _ in range(width)]
                 for index, channel in zip(item.idxs, item.root_idxs, strict=True):
                     positions[channel].extend(index + block * size for block in range(blocks))
+            places |= dict.fromkeys(sides, same[key])
         found.append(places)
     order = {name: index for index, name in enumerate(layers)}
     return [_slots(model, places, layers, order) for places in _tied(found, layers)]
@@ -234,6 +240,8 @@ def _tied(groups: list[Places], layers: Mapping[str, Layer]) -> list[Places]:
     Groups of channels whose channels are tied with one another's become one.
     """
     parents, fixed = _ties(groups, layers)
+    if not parents and not fixed:
+        return groups
     classes: dict[Channel, list[Channel]] = defaultdict(list)
     for number, places in enumerate(groups):
         for channel in range(len(next(iter(places.values())))):
@@ -290,12 +298,16 @@ def _slots(model: nn.Module, places: Places, layers: Mapping[str, Layer], order:
     """The places as slots in module order, channels in the order of the first layer that makes them."""
     keys = sorted(places, key=lambda key: (layers[key[0]].kind == "parameter", order[key[0]], key[1]))
     first = next(key for key in keys if key[1] != "in" and layers[key[0]].kind in PRODUCERS)
+    channels = sorted(range(len(places[first])), key=lambda channel: places[first][channel])
+    made: dict[int, tuple[tuple[int, ...], ...]] = {}
     for name, side in keys:
         positions = places[name, side]
-        indices = [index for own in positions for index in own]
-        uneven = len({len(own) for own in positions}) != 1 or len(set(indices)) != len(indices)
+        if id(positions) not in made:
+            made[id(positions)] = tuple(tuple(sorted(positions[channel])) for channel in channels)
+            indices = [index for own in positions for index in own]
+            if len({len(own) for own in positions}) != 1 or len(set(indices)) != len(indices):
+                raise unsupported(*owner(model, [name]), f"splits or mixes channels around {name!r}")
         # A unit that has only some outputs of a layer would leave the others behind.
-        if uneven or (side == "out" and len(indices) != layers[name].outs):
+        if side == "out" and len(positions) * len(positions[0]) != layers[name].outs:
             raise unsupported(*owner(model, [name]), f"splits or mixes channels around {name!r}")
-    channels = sorted(range(len(places[first])), key=lambda channel: places[first][channel])
-    return tuple(Slot(*key, tuple(tuple(sorted(places[key][channel])) for channel in channels)) for key in keys)
+    return tuple(Slot(*key, made[id(places[key])]) for key in keys)

@@ -6,9 +6,10 @@ operation that makes something of zero (a sigmoid in front of a layer), which is
 proof: code that mixes channels for some images or at some widths only can pass.
 """
 
-import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 
 from .architectures import channel_axis
 from .attacks import logits_of
-from .layers import Layer
+from .layers import Layer, shapes_only, skeleton, twin
 
 TOLERANCE = 1e-9
+# Between the random numbers of two weights.
+_APART = 9973
 
 
 def removal_error(
@@ -55,7 +58,7 @@ def removal_error(
         found = logits_of(copied(images))
         fault = _training_fault(copied, images)
         # What runs in training alone was not traced. A network that cannot train anyway is none the worse.
-        if fault is not None and _training_fault(copy.deepcopy(model).to(torch.float64), images) is None:
+        if fault is not None and _training_fault(skeleton(model).to(torch.float64), images) is None:
             raise fault
     scale = expected.abs().max().item()
     return (found - expected).abs().max().item() / scale if scale > 0 else float("inf")
@@ -64,7 +67,7 @@ def removal_error(
 def _training_fault(model: nn.Module, images: Tensor) -> Exception | None:
     """What a forward pass in train mode raises, on shapes alone: nothing is computed."""
     try:
-        with torch.device("meta"):
+        with shapes_only():
             model.to("meta").train()(torch.zeros(2, *images.shape[1:], dtype=images.dtype))
     except Exception as error:  # an arbitrary network may refuse in any way
         return error
@@ -72,19 +75,32 @@ def _training_fault(model: nn.Module, images: Tensor) -> Exception | None:
 
 
 def _randomised(model: nn.Module, generator: torch.Generator) -> nn.Module:
-    """A copy whose every weight matters: defaults of 0 and 1 would hide wrong indices."""
-    copied = copy.deepcopy(model).to("cpu", torch.float64).eval()
-    with torch.no_grad():
-        for parameter in copied.parameters():
-            if parameter.ndim > 1:
-                bound = 2.4 / parameter[0].numel() ** 0.5  # uniform, because normal numbers take longer than the rest
-                parameter.uniform_(-bound, bound, generator=generator)
-            else:
-                parameter.uniform_(0.5, 1.5, generator=generator)
-        for buffer in copied.buffers():
-            if buffer.is_floating_point():
-                buffer.uniform_(0.5, 1.5, generator=generator)
-    return copied
+    """
+    A copy whose every weight matters: defaults of 0 and 1 would hide wrong indices.
+
+    Weights of one fan-in are parts of the same random numbers, each from a place of its own: as many numbers as a large
+    network has would take longer than its forward pass.
+    """
+    sizes: dict[int, list[int]] = defaultdict(list)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            sizes[parameter[0].numel()].append(parameter.numel())
+    numbers, places = {}, {}
+    for fan_in, own in sizes.items():
+        bound = 2.4 / fan_in**0.5  # uniform, because normal numbers take longer than the rest
+        drawn = torch.empty(max(own) + _APART * len(own), dtype=torch.float64)
+        numbers[fan_in] = drawn.uniform_(-bound, bound, generator=generator)
+        places[fan_in] = count(0, _APART)
+
+    def random(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor.to("cpu", copy=True)
+        if tensor.ndim < 2 or not isinstance(tensor, nn.Parameter):
+            return torch.empty(tensor.shape, dtype=torch.float64).uniform_(0.5, 1.5, generator=generator)
+        fan_in = tensor[0].numel()
+        return numbers[fan_in].narrow(0, next(places[fan_in]), tensor.numel()).view(tensor.shape)
+
+    return twin(model, random).eval()
 
 
 @contextmanager
@@ -97,8 +113,9 @@ def _masked(
         layer, index = layers[name], torch.tensor(indices)
         if layer.kind == "parameter":
             parameter = model.get_parameter(name)
-            restore.append((parameter, parameter.clone()))
-            parameter.index_fill_(layer.axis, index, 0.0)
+            restore.append((parameter, parameter.data))
+            # Not in place: other parameters may be parts of the same numbers.
+            parameter.data = parameter.index_fill(layer.axis, index, 0.0)
         elif side != "in":
             handles.append(model.get_submodule(name).register_forward_hook(_silence(index)))
     try:
@@ -107,7 +124,7 @@ def _masked(
         for handle in handles:
             handle.remove()
         for parameter, value in restore:
-            parameter.copy_(value)
+            parameter.data = value
 
 
 def _silence(index: Tensor) -> Callable[[Any, tuple, Tensor], Tensor]:
@@ -128,6 +145,6 @@ def _silence(index: Tensor) -> Callable[[Any, tuple, Tensor], Tensor]:
             for name, apply in (("weight", torch.mul), ("bias", torch.add)):
                 if getattr(module, name) is not None:
                     output = apply(output, getattr(module, name).reshape(shape))
-        return output.index_fill(axis, index, 0.0)
+        return output.index_fill_(axis, index, 0.0)
 
     return hook

@@ -1,12 +1,16 @@
 """The layers of a network: their shapes, what they cost, and which indices of their sides are which channels."""
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .architectures import channel_axis, unsupported
@@ -58,6 +62,53 @@ class Layer:
     def loses_groups(self) -> bool:
         """Whether a grouped convolution loses whole groups, rather than channels in every group: what is finer."""
         return self.kind == "grouped" and self.groups >= self.ins
+
+
+def twin(model: nn.Module, remake: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy of a model that has `remake(tensor)` in the place of each parameter and buffer, which are not copied."""
+    tensors: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        made = remake(tensor)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        tensors[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if is_parameter else made
+    return copy.deepcopy(model, tensors)
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy of a model without any value: forward passes on the meta device compute shapes alone, in no time."""
+    return twin(model, lambda tensor: torch.empty_like(tensor, device="meta"))
+
+
+def _batch_norm_fits(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    own, given = input.shape[1:2], (running_mean, running_var, weight, bias)
+    one_value = training and input.numel() == input.shape[1]
+    return not one_value and all(tensor is None or tensor.shape == own for tensor in given)
+
+
+def _layer_norm_fits(input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    own = input.shape[-len(normalized_shape) :]
+    return own == tuple(normalized_shape) and all(tensor is None or tensor.shape == own for tensor in (weight, bias))
+
+
+class _QuickNorms(TorchFunctionMode):
+    """PyTorch takes dozens of steps to find the shape of a norm of no values; where all fits it is the input's."""
+
+    fits: ClassVar[dict[Any, Callable[..., bool]]] = {F.batch_norm: _batch_norm_fits, F.layer_norm: _layer_norm_fits}
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in self.fits and self.fits[function](*args, **kwargs):
+            features = args[0] if args else kwargs["input"]
+            if features.requires_grad or not torch.is_grad_enabled():  # else the weights alone are on the graph
+                return features * 1.0
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Run a [`skeleton`], quickly: whatever it makes has no values either."""
+    with torch.device("meta"), _QuickNorms():
+        yield
 
 
 def measure_layers(

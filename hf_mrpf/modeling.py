@@ -11,6 +11,7 @@ import math
 import reprlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Self
 
@@ -1177,9 +1178,16 @@ BACKBONES: dict[str, Callable[[PrunedConfig, bool], nn.Module]] = {
     "transformers": _transformers_backbone,
 }
 
+
+def _push_with_card(self: PrunedForImageClassification, repo_id: str, **options: Any) -> Any:
+    """Send the model to the Hub with a short card, see `hf_mrpf.hub.push_model`; a copy pushes as transformers does."""
+    return import_module(".hub", __package__).push_model(self, repo_id, **options)
+
+
 PrunedConfig.register_for_auto_class()
 PrunedForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 if not __name__.startswith("transformers_modules."):
     # A copy that came with a checkpoint must not take the place of the installed class.
     AutoConfig.register(PrunedConfig.model_type, PrunedConfig, exist_ok=True)
     AutoModelForImageClassification.register(PrunedConfig, PrunedForImageClassification, exist_ok=True)
+    PrunedForImageClassification.push_to_hub = _push_with_card  # type: ignore[method-assign,assignment]

@@ -50,7 +50,10 @@ def parse_recipe(groups: list, *, without: Collection[str] = (), suffix: str = "
     parser = GroupedParser(groups, without=without, **texts)
     parser.set_defaults(**EVERY_RUN)
     # Defaults follow from the data and the model; with none named, --help shows those of the embedded run.
-    known, _ = parser.parse_known_args([option for option in sys.argv[1:] if option not in ("-h", "--help")])
+    options = [option for option in sys.argv[1:] if option not in ("-h", "--help")]
+    known, unknown = parser.parse_known_args(options)
+    if unknown and len(options) == len(sys.argv[1:]):  # the parser says so too, after seconds of imports
+        raise ValueError(f"Some specified arguments are not used by the HfArgumentParser: {unknown}")
     embedded, named = known.dataset_name in (None, "digits"), known.model_name_or_path
     folder = "digits" if embedded else Path(known.dataset_name).name
     parser.set_defaults(

@@ -4,6 +4,7 @@ import json
 import math
 import platform
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
@@ -184,9 +185,11 @@ def paired_difference(a: RobustnessReport, b: RobustnessReport, attack: str = "c
 
 def package_versions(*further: str) -> dict[str, str]:
     """Versions of Python and of the installed packages that a result depends on, and of `further` ones."""
-    installed = {item.name.lower().replace("_", "-"): item.version for item in metadata.distributions()}
-    names = (*PACKAGES, *further)
-    return {"python": platform.python_version()} | {name: installed[name] for name in names if name in installed}
+    versions = {"python": platform.python_version()}
+    for name in (*PACKAGES, *further):
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def _strength(report: RobustnessReport, attack: str) -> dict[str, Any]:

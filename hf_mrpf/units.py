@@ -13,7 +13,7 @@ from .attention import FoundAttention, find_attention, head_parts, head_slots, r
 from .coupling import couple
 from .exactness import TOLERANCE, removal_error
 from .groups import importance_group
-from .layers import PRODUCERS, Layer, Slot, loose_parameters, measure_layers, parameter_layer
+from .layers import PRODUCERS, Layer, Slot, loose_parameters, measure_layers, parameter_layer, shapes_only, skeleton
 from .surgery import cut_layer, scale_rows
 
 if TYPE_CHECKING:
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 
 METRICS = ("macs", "params")
+# Side of the images on which planning checks a removal: 2x2 positions at a stride of 32.
+_CHECKED_SIDE = 64
+# Units of which little is enough for a check: the less is left, the sooner it has run.
+_WIDE = 48
 
 
 @dataclass(frozen=True)
@@ -187,20 +191,31 @@ def trace_units(model: nn.Module, example: Tensor, *, heads: bool = False, check
     if reference is None:
         raise unsupported("", model, "has no weights")
     example = example[:1].to(reference.device, reference.dtype)
+    try:
+        with shapes_only():
+            layers, coupled = _follow(skeleton(model), example.to("meta"), kinds, attentions)
+    except Exception:  # code that reads values fails on shapes alone in any way; what cannot be pruned fails again
+        layers, coupled = _follow(model, example, kinds, attentions)
+    graph = _graph(model, kinds, layers, coupled, attentions, heads)
+    if not graph.units:
+        raise unsupported("", model, "has no channels that could go: all of them are pixels or classes")
+    if check:
+        generator = torch.Generator().manual_seed(0)
+        _check_some(model, example, graph, {unit.name: _some(graph, unit, generator) for unit in graph.units})
+    return graph
+
+
+def _follow(
+    model: nn.Module, example: Tensor, kinds: Mapping[str, str], attentions: dict[str, FoundAttention]
+) -> tuple[dict[str, Layer], list[tuple[Slot, ...]]]:
+    """What the layers of a model are, and which of their channels are coupled."""
     products = {name: (2 * a.heads * a.dim, {*a.projections, a.out}) for name, a in attentions.items()}
     with eval_mode(model):
         layers = measure_layers(model, example, kinds, products)
         axes = {name: axis for attention in attentions.values() for name, axis in attention.per_head.items()}
         for name, parameter in loose_parameters(model, kinds).items():
             layers[name] = parameter_layer(parameter, axes.get(name, 0))
-        coupled = couple(model, example, layers, attentions)
-    graph = _graph(model, kinds, layers, coupled, attentions, heads)
-    if not graph.units:
-        raise unsupported("", model, "has no channels that could go: all of them are pixels or classes")
-    if check:
-        generator = torch.Generator().manual_seed(0)
-        check_removal(model, example, graph, {unit.name: _some(graph, unit, generator) for unit in graph.units})
-    return graph
+        return layers, couple(model, example, layers, attentions)
 
 
 def cut(model: nn.Module, graph: UnitGraph, kept: Mapping[str, Any]) -> None:
@@ -248,6 +263,33 @@ def _graph(
     return replace(graph, units=tuple(replace(unit, cost=costs[unit.name]) for unit in units))
 
 
+def _check_some(model: nn.Module, example: Tensor, graph: UnitGraph, kept: Mapping[str, Any]) -> None:
+    """
+    Check a removal on a small image, where the network takes one. [`prune`] checks its own again, at the full size.
+
+    What is refused for the small image may be refused for its size: the full one decides.
+    """
+    small = torch.zeros(1, example.shape[1], *(min(side, _CHECKED_SIDE) for side in example.shape[2:]))
+    if small.shape != example.shape and _takes(model, small.to(example.dtype)):
+        try:
+            check_removal(model, small, graph, kept)
+        except ValueError:
+            pass
+        else:
+            return
+    check_removal(model, example, graph, kept)
+
+
+def _takes(model: nn.Module, images: Tensor) -> bool:
+    """Whether a network runs on images of that size."""
+    try:
+        with shapes_only(), torch.no_grad():
+            skeleton(model).eval()(images.to("meta"))
+    except Exception:  # an arbitrary network may refuse in any way
+        return False
+    return True
+
+
 def check_removal(model: nn.Module, example: Tensor, graph: UnitGraph, kept: Mapping[str, Any]) -> None:
     """Refuse a model of which removing all but `kept` is not exact (see `exactness.py`); the unit at fault is named."""
 
@@ -278,10 +320,10 @@ def check_removal(model: nn.Module, example: Tensor, graph: UnitGraph, kept: Map
 
 
 def _some(graph: UnitGraph, unit: PruningUnit, generator: torch.Generator) -> Any:
-    """About two thirds of a unit: an odd number, so that code which counts on even widths shows."""
+    """A third of a wide unit, two of a narrow one: an odd number, so that code which counts on even widths shows."""
 
     def choose(width: int) -> list[int]:
-        count = max(1, 2 * width // 3)
+        count = max(1, width // 3 if width >= _WIDE else 2 * width // 3)
         count -= count > 1 and count % 2 == 0
         return sorted(torch.randperm(width, generator=generator)[:count].tolist())
 

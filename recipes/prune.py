@@ -21,19 +21,31 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+from hf_mrpf.cli import DataArguments, ModelArguments, RoundArguments, RunArguments
+from hf_mrpf.config import MRPFConfig
+from hf_mrpf.console import errors_told
+from hf_mrpf.recipe_options import parse_recipe
+
+
+def parse_arguments():
+    return parse_recipe(
+        [DataArguments, ModelArguments, RoundArguments, RunArguments, MRPFConfig],
+        usage="accelerate launch recipes/prune.py [options]",
+        description=__doc__.split("\n\n")[0],
+    )
+
+
+ARGUMENTS = None
+if __name__ == "__main__":
+    # What is wrong with the command line shows now, before the imports below, which take seconds.
+    with errors_told():
+        ARGUMENTS = parse_arguments()
+
+# ruff: noqa: E402
 import torch
 
-from hf_mrpf import MRPFConfig, PrunedForImageClassification, PruningPlan, RobustnessReport
-from hf_mrpf.cli import (
-    DataArguments,
-    ModelArguments,
-    RoundArguments,
-    RunArguments,
-    build_model,
-    load_data,
-    own_config,
-    run_settings,
-)
+from hf_mrpf import PrunedForImageClassification, PruningPlan, RobustnessReport
+from hf_mrpf.cli import build_model, load_data, own_config, run_settings
 from hf_mrpf.console import announce, quieten, report_errors, say, show
 from hf_mrpf.data import ImageData, calibration_batches
 from hf_mrpf.delivery import check_repository_id, push_result, repository, shown_again
@@ -47,7 +59,6 @@ from hf_mrpf.logs import end_of_run
 from hf_mrpf.model_card import CardInfo, PlanSummary, render_card
 from hf_mrpf.progress import shows_progress
 from hf_mrpf.pruning import plan_pruning, prune
-from hf_mrpf.recipe_options import parse_recipe
 from hf_mrpf.report import paired_difference
 from hf_mrpf.results import ResultRow, results_table
 from hf_mrpf.rounds import fraction_after, round_rows, round_target, stage_names
@@ -69,16 +80,8 @@ from hf_mrpf.stages import (
 ATTACKS = ("clean", "fgsm", "pgd20", "cw")
 
 
-def parse_arguments():
-    return parse_recipe(
-        [DataArguments, ModelArguments, RoundArguments, RunArguments, MRPFConfig],
-        usage="accelerate launch recipes/prune.py [options]",
-        description=__doc__.split("\n\n")[0],
-    )
-
-
 def main() -> None:
-    data_args, model_args, round_args, run_args, args = parse_arguments()
+    data_args, model_args, round_args, run_args, args = ARGUMENTS or parse_arguments()
     check_world_size(args.world_size, run_args.expected_world_size)
     announce(args)
     quieten()

@@ -16,29 +16,10 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
-from hf_mrpf import MRPFConfig, RobustnessReport
-from hf_mrpf.cli import DataArguments, ModelArguments, RunArguments, build_model, load_data, own_config, run_settings
-from hf_mrpf.console import announce, quieten, report_errors, show
-from hf_mrpf.data import ImageData
-from hf_mrpf.delivery import check_repository_id, push_result, repository, shown_again
-from hf_mrpf.evaluation import evaluate_robustness
-from hf_mrpf.hub import write_record
-from hf_mrpf.interruption import resumable
-from hf_mrpf.launch import check_world_size
-from hf_mrpf.progress import shows_progress
+from hf_mrpf.cli import DataArguments, ModelArguments, RunArguments
+from hf_mrpf.config import MRPFConfig
+from hf_mrpf.console import errors_told
 from hf_mrpf.recipe_options import parse_recipe
-from hf_mrpf.results import results_table
-from hf_mrpf.run_folder import RunFolder, write_json
-from hf_mrpf.stage_lines import evaluation_figures
-from hf_mrpf.stages import check_forced_place, dense_stage, run_folder, tell
-
-ATTACKS = ("clean", "fgsm", "pgd20", "cw")
-NOTE = (
-    "These are figures of the validation split, on which the best epoch was picked, so they flatter the model a "
-    "little; nothing has read the test split."
-)
 
 
 def parse_arguments():
@@ -51,8 +32,39 @@ def parse_arguments():
     )
 
 
+ARGUMENTS = None
+if __name__ == "__main__":
+    # What is wrong with the command line shows now, before the imports below, which take seconds.
+    with errors_told():
+        ARGUMENTS = parse_arguments()
+
+# ruff: noqa: E402
+import torch
+
+from hf_mrpf import RobustnessReport
+from hf_mrpf.cli import build_model, load_data, own_config, run_settings
+from hf_mrpf.console import announce, quieten, report_errors, show
+from hf_mrpf.data import ImageData
+from hf_mrpf.delivery import check_repository_id, push_result, repository, shown_again
+from hf_mrpf.evaluation import evaluate_robustness
+from hf_mrpf.hub import write_record
+from hf_mrpf.interruption import resumable
+from hf_mrpf.launch import check_world_size
+from hf_mrpf.progress import shows_progress
+from hf_mrpf.results import results_table
+from hf_mrpf.run_folder import RunFolder, write_json
+from hf_mrpf.stage_lines import evaluation_figures
+from hf_mrpf.stages import check_forced_place, dense_stage, run_folder, tell
+
+ATTACKS = ("clean", "fgsm", "pgd20", "cw")
+NOTE = (
+    "These are figures of the validation split, on which the best epoch was picked, so they flatter the model a "
+    "little; nothing has read the test split."
+)
+
+
 def main() -> None:
-    data_args, model_args, run_args, args = parse_arguments()
+    data_args, model_args, run_args, args = ARGUMENTS or parse_arguments()
     check_world_size(args.world_size, run_args.expected_world_size)
     announce(args)
     quieten()

@@ -1,9 +1,10 @@
 """Importances against short formulas written here, and the traps of torch-pruning's classes."""
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
-from pruning_reference import ConcatFlatten, narrow_resnet
+from pruning_reference import NETWORKS, ConcatFlatten, narrow_resnet
 from torch import nn
 
 from hf_mrpf.importance import IMPORTANCES, get_importance
@@ -135,3 +136,17 @@ def test_gradients_need_images(name):
 def test_unknown_importances_are_refused():
     with pytest.raises(ValueError, match="importance is 'l1'; known importances: magnitude, random, taylor"):
         get_importance("l1")
+
+
+@pytest.mark.parametrize("network", [*NETWORKS, "test_vit", "convnext_atto"])
+def test_magnitude_is_that_of_torch_pruning_to_the_bit(network):
+    """Whatever makes it faster: a plan must not hang on the order of a sum."""
+    from torch_pruning.pruner.importance import GroupMagnitudeImportance
+
+    build, size = (
+        NETWORKS[network] if network in NETWORKS else (lambda: timm.create_model(network, num_classes=10), 160)
+    )
+    model = build()
+    groups = traced(model, size)
+    scores, theirs = IMPORTANCES["magnitude"](model, groups, (), 0), GroupMagnitudeImportance(p=2)
+    assert all(torch.equal(scores[unit], theirs(group)) for unit, group in groups.items())

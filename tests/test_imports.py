@@ -129,5 +129,44 @@ def test_importing_the_package_loads_nothing_heavy():
         f"heavy = [name for name in {HEAVY!r} if name in sys.modules and name not in before]\n"
         "assert not heavy, heavy\n"
     )
+    run(script)
+
+
+# What `PreTrainedModel` and `Dataset` come with takes longer than everything else that a start imports.
+SLOW = (*HEAVY, "transformers.modeling_utils", "transformers.image_utils", "torchvision", "torch._dynamo")
+
+
+def test_registration_waits_for_a_config_with_what_a_model_class_needs():
+    run(
+        "import sys, torch; from transformers import AutoConfig, AutoModelForImageClassification\n"
+        "before = set(sys.modules)\n"
+        "import hf_mrpf\n"
+        f"slow = [name for name in {SLOW!r} if name in sys.modules and name not in before]\n"
+        "assert not slow, slow\n"
+        "config = AutoConfig.for_model('mrpf', image_size=32)\n"
+        "assert type(config) is hf_mrpf.PrunedConfig and config.image_size == 32\n"
+        "found = AutoModelForImageClassification._model_mapping[type(config)]\n"
+        "assert found is hf_mrpf.PrunedForImageClassification\n"
+    )
+
+
+def test_what_is_wrong_with_an_argument_is_said_before_slow_imports():
+    of_both = ["--help", "--nosuch 1", "--eps 9", "--backbone_kwargs oops", "--model_name_or_path ./nosuch"]
+    commands = [f"recipes/{name}.py {options}" for name in ("prune", "train") for options in of_both]
+    commands += [f"recipes/prune.py {options}" for options in ("--target 1.5", "--pruning_rounds 0")]
+    run(
+        "import runpy, sys; from transformers import AutoModelForImageClassification, TrainingArguments\n"
+        "before = set(sys.modules)\n"
+        f"for command in {commands!r}:\n"
+        "    sys.argv, status = command.split(), None\n"
+        "    try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "    except SystemExit as stop: status = stop.code\n"
+        "    assert status == (2, 0)[sys.argv[-1] == '--help'], (command, status)\n"
+        f"    slow = [name for name in {SLOW!r} if name in sys.modules and name not in before]\n"
+        "    assert not slow, (command, slow)\n"
+    )
+
+
+def run(script: str) -> None:
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=PACKAGE.parent)
     assert result.returncode == 0, result.stderr

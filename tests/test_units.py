@@ -1,5 +1,7 @@
 """Units of coupled channels, what they cost, and the refusal of whatever cannot be pruned rightly."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -16,9 +18,11 @@ from torch_pruning.dependency import Group, index_mapping
 
 from hf_mrpf.architectures import known_layers, refresh
 from hf_mrpf.attacks import logits_of
+from hf_mrpf.coupling import couple
 from hf_mrpf.efficiency import count_macs, count_parameters
+from hf_mrpf.layers import shapes_only
 from hf_mrpf.pruning import plan_pruning, prune
-from hf_mrpf.units import pruning_units, trace_units
+from hf_mrpf.units import UnitGraph, pruning_units, trace_units
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -380,3 +384,90 @@ def test_units_are_those_of_the_dependency_graph_of_torch_pruning(network):
         for slots in trace_units(model, example).slots.values()
     }
     assert ours == theirs
+
+
+def test_a_plan_runs_a_network_with_values_for_its_check_alone(monkeypatch):
+    """However many candidates the search counts: no copy, no trace and no forward pass for any of them."""
+    counts = {"forwards": 0, "shape forwards": 0, "copies": 0, "traces": 0, "sizes": 0}
+
+    class Counted(Branches):
+        def forward(self, images):
+            counts["shape forwards" if images.is_meta else "forwards"] += 1
+            return super().forward(images)
+
+        def __deepcopy__(self, memo):
+            counts["copies"] += 1
+            made = Counted(self.middle)
+            made._modules = copy.deepcopy(self._modules, memo)
+            return made
+
+    def counting(name, function):
+        def call(*args, **kwargs):
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr("hf_mrpf.units.couple", counting("traces", couple))
+    monkeypatch.setattr(UnitGraph, "size", counting("sizes", UnitGraph.size))
+    plan_pruning(Counted(lambda self, x: x), torch.rand(1, 3, 96, 96), allocation="uniform", min_channels=1)
+    # The masked original and the pruned copy have values; the other copies are for the trace and the size of its image.
+    assert counts.pop("sizes") > 20
+    assert counts == {"forwards": 2, "shape forwards": 4, "copies": 3, "traces": 1}
+
+
+def test_code_that_reads_values_is_traced_with_them():
+    images = torch.rand(1, 3, 8, 8)
+    plain = trace_units(Branches(lambda self, x: x), images)
+    reading = trace_units(Branches(lambda self, x: x * float(x.abs().max() < 1e9)), images)
+    assert (reading.slots, reading.layers) == (plain.slots, plain.layers)
+
+
+@pytest.mark.parametrize("size", [64, 96])
+def test_shapes_alone_tell_what_values_do(size, monkeypatch):
+    networks = [build() for build, _ in NETWORKS.values() if build is not ConcatFlatten]
+    shapes = [trace_units(model, torch.rand(1, 3, size, size), check=False) for model in networks]
+    monkeypatch.setattr("hf_mrpf.units.skeleton", None)  # cannot be called
+    for model, quick in zip(networks, shapes, strict=True):
+        plain = trace_units(model, torch.rand(1, 3, size, size), check=False)
+        assert (quick.units, quick.slots, quick.layers) == (plain.units, plain.slots, plain.layers)
+
+
+def test_what_a_small_image_hides_is_refused_at_the_full_size_before_a_cut():
+    """Planning checks on small images; removing checks on those of the plan."""
+    model = Branches(lambda self, x: x.flip(1) if x.shape[-1] > 64 else x)
+    plan = plan_pruning(model, torch.rand(1, 3, 96, 96), allocation="uniform", min_channels=1)
+    with pytest.raises(ValueError, match="moves, mixes or shifts channels"):
+        prune(model, plan)
+    assert model.first.out_channels == 12
+
+
+def test_what_a_small_image_alone_shows_is_not_refused():
+    model = Branches(lambda self, x: x.flip(1) if x.shape[-1] <= 64 else x)
+    assert pruning_units(model, torch.rand(1, 3, 96, 96))
+
+
+@pytest.mark.parametrize(
+    ("norm", "features"),
+    [
+        (nn.BatchNorm2d(4), (2, 4, 3, 3)),
+        (nn.BatchNorm2d(4), (2, 5, 3, 3)),
+        (nn.BatchNorm2d(4, affine=False), (2, 5, 3, 3)),
+        (nn.BatchNorm2d(4), (1, 4, 1, 1)),
+        (nn.BatchNorm1d(4), (2, 4)),
+        (nn.LayerNorm(4), (2, 4)),
+        (nn.LayerNorm(4), (2, 5)),
+        (nn.LayerNorm((3, 4)), (2, 3, 4)),
+    ],
+)
+def test_norms_of_no_values_pass_and_refuse_as_others_do(norm, features):
+    def outcome(images):
+        try:
+            return norm(images).shape
+        except (RuntimeError, ValueError) as error:
+            return type(error)
+
+    real = outcome(torch.rand(features))
+    with shapes_only():
+        norm.to("meta")
+        assert outcome(torch.zeros(features)) == real
