@@ -1,6 +1,7 @@
 """Planning by the clock: candidates of a plan are cut on copies and timed in turns with the dense model."""
 
 import copy
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ MULTIPLES = (1, 4, 8, 16, 32)
 TOLERANCE = 0.1
 # Candidates whose sizes differ by no more than this are compared at equal size.
 _EQUAL = 0.02
+# A multiple that saves no more than this of the time is not worth its coarser widths.
+_NO_GAIN = 0.01
 # A first measurement that is this near is worth a second, longer one, which alone decides: among noisy figures the
 # search picks those that look right.
 _NEAR = 0.04
@@ -56,7 +59,8 @@ class Timing(NamedTuple):
     @classmethod
     def of(cls, dense: Sequence[float], pruned: Sequence[float]) -> "Timing":
         """The figures of rounds in milliseconds."""
-        low, middle, high = _quartiles([own / whole for own, whole in zip(pruned, dense, strict=True)])
+        beside = [own / whole for own, whole in zip(pruned, dense, strict=True)]
+        low, middle, high = statistics.quantiles(beside, n=4, method="inclusive")
         milliseconds = {"dense": statistics.median(dense), "pruned": statistics.median(pruned)}
         return cls(middle, (low, high), milliseconds, len(dense))
 
@@ -208,18 +212,24 @@ def meet_latency(time: Callable[[float, Effort], Timing], target: float, lowest:
 
 def fastest_multiple(rounds: Mapping[int, Sequence[float]]) -> int:
     """
-    The multiple whose candidate is the fastest; of several between which the rounds do not decide, the smallest.
+    The multiple whose candidate is the fastest; of those that tie with it, the smallest, which leaves most choice.
+
+    It ties where the fastest gains no more than 1 %, or the spread of the rounds leaves open whether it does: within a
+    95 % confidence interval of the median.
 
     Args:
         rounds (`Mapping[int, Sequence[float]]`): times by multiple, of the same rounds.
     """
     fastest = min(rounds, key=lambda multiple: statistics.median(rounds[multiple]))
-    # Within a round, so that a machine which slows down meanwhile does not blur the difference.
-    beside = {
-        multiple: _quartiles([own / best for own, best in zip(times, rounds[fastest], strict=True)])
-        for multiple, times in rounds.items()
-    }
-    return min(multiple for multiple, (low, _, _) in beside.items() if low <= 1)
+
+    def ties(times: Sequence[float]) -> bool:
+        # Within a round, so that a machine which slows down meanwhile does not blur the difference.
+        beside = sorted(own / best for own, best in zip(times, rounds[fastest], strict=True))
+        # By the binomial distribution: how many of so many rounds may lie below a median.
+        lowest = math.floor((len(beside) - 1.96 * math.sqrt(len(beside))) / 2)
+        return beside[max(lowest, 0)] <= 1 + _NO_GAIN
+
+    return min(multiple for multiple, times in rounds.items() if ties(times))
 
 
 def _chosen_multiple(
@@ -264,7 +274,3 @@ def _not_met(
         f"{candidates.share(widths):.1%} of its {names[candidates.metric]}{limits}, at batch {record['batch_size']} on "
         f"{record['device']}.{advice}"
     )
-
-
-def _quartiles(values: Sequence[float]) -> list[float]:
-    return statistics.quantiles(values, n=4, method="inclusive")

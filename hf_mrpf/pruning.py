@@ -97,8 +97,8 @@ def plan_pruning(
             Fewest channels kept in a unit (a narrower unit keeps all), at least 1.
         round_to (`int` or `"auto"`, *optional*, defaults to 1):
             Kept widths are multiples of this; a unit too narrow for one keeps all its channels. `"auto"` times plans of
-            equal size in multiples of 1, 4, 8, 16 and 32, and takes the fastest, or of those between which the rounds
-            do not decide the smallest.
+            equal size in multiples of 1, 4, 8, 16 and 32, and takes the fastest; of those that tie with it within the
+            spread of the rounds, the smallest.
         latency_batch_size (`int`, *optional*, defaults to 1):
             Images per timed pass: 1 is the answer to one request, larger ones are throughput.
         ignore (`Sequence[str]`, *optional*):

@@ -166,8 +166,10 @@ def test_the_fastest_multiple_is_taken_and_of_equals_the_smallest():
     assert fastest_multiple(rounds_of({1: 5.0, 4: 5.0, 32: 5.0}, noise=0.02)) == 1
     # Faster by less than a round tells from the next.
     assert fastest_multiple(rounds_of({1: 5.0, 16: 4.9}, noise=0.1)) == 1
+    # Surely faster, and by nothing that counts.
+    assert fastest_multiple(rounds_of({1: 5.0, 16: 4.98}, noise=0.001)) == 1
     # A machine whose speed changes by half meanwhile blurs nothing: all of a round are compared.
-    assert fastest_multiple(rounds_of({1: 5.0, 16: 4.7}, noise=0.01, drift=1.0)) == 16
+    assert fastest_multiple(rounds_of({1: 5.0, 16: 4.8}, noise=0.02, drift=1.0)) == 16
 
 
 def test_the_fraction_is_a_median_over_rounds_and_its_spread_their_quartiles():
