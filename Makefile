@@ -11,7 +11,7 @@ PARALLEL := -n auto --dist loadfile
 # Bytecode is kept whatever the shell says: else every process that a test or a launcher starts compiles torch again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: prune test test-all test-oldest lint bench clean
+.PHONY: prune test test-all test-oldest lint clean
 
 prune: $(READY)
 	$(BIN)/accelerate launch recipes/prune.py
@@ -24,10 +24,6 @@ test-all: $(READY)
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-
-# Each writes its own file of benchmarks/results; side_by_side.py is what they share.
-bench: $(READY)
-	for script in $(filter-out %/side_by_side.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -261,7 +261,7 @@ def test_multiples_that_miss_the_size_are_not_compared(device):
 
 
 def test_both_at_once_and_of_parameters(device):
-    clock = device(by_padded_channels(8))
+    clock = device(by_padded_channels(8), noise=0.002)
     model = wide_resnet()
     plan = plan_pruning(model, EXAMPLE, target=0.6, target_metric="latency", round_to="auto", allocation="uniform")
     assert plan.round_to == 8 and plan.latency["multiples"]["8"]["macs"] == pytest.approx(0.6, rel=0.02)
