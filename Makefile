@@ -11,7 +11,7 @@ PARALLEL := -n auto --dist loadfile
 # Bytecode is kept whatever the shell says: else every process that a test or a launcher starts compiles torch again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: prune test test-all test-oldest lint clean
+.PHONY: prune test test-all test-oldest bench lint clean
 
 prune: $(READY)
 	$(BIN)/accelerate launch recipes/prune.py
@@ -21,6 +21,10 @@ test: $(READY)
 
 test-all: $(READY)
 	$(PYTEST) $(PARALLEL) --cov=hf_mrpf --cov-report=term --cov-fail-under=90
+
+# Half an hour and more on two cores; each script tells with --help what it can be asked for.
+bench: $(READY)
+	for script in $(filter-out benchmarks/side_by_side.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -247,8 +247,9 @@ def pgd_attack(
     with _autocast(attack, images), eval_mode(model), frozen(model), folded_batchnorm(model, images) as forward:
         layout = fast_layout(images)
         images = images.contiguous(memory_format=layout)
-        found = start.detach().clone(memory_format=layout)
-        adversarial, places = found, None
+        adversarial = start.detach().clone(memory_format=layout)
+        # What images that have left the batch were left at, and the places of those that are in it still.
+        found, places = None, torch.arange(len(images), device=images.device)
         for _ in range(attack.num_steps):
             with torch.enable_grad():
                 logits = logits_of(forward(adversarial.requires_grad_()))
@@ -258,16 +259,14 @@ def pgd_attack(
                 adversarial.requires_grad_(False)
                 if until_fooled and (fooled := _surely_wrong(logits, labels)).any():
                     left = ~fooled
-                    places = torch.arange(len(found), device=found.device) if places is None else places
-                    found[places] = adversarial
+                    found = adversarial.clone() if found is None else found.index_copy_(0, places, adversarial)
                     adversarial, gradient, images, labels, places = (
                         tensor[left] for tensor in (adversarial, gradient, images, labels, places)
                     )
                     if not len(places):
                         break
                 STEPS[attack.norm](adversarial, gradient, images, attack)
-    if places is not None:
-        found[places] = adversarial
+    found = adversarial if found is None else found.index_copy_(0, places, adversarial)
     return found.contiguous()
 
 

@@ -1,10 +1,12 @@
 """`MRPFConfig`: every setting of pruning, attack and adversarial fine-tuning, on top of `TrainingArguments`."""
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from .allocation import ALLOCATIONS
@@ -14,6 +16,7 @@ from .latency import TARGET_METRICS
 from .objectives import OBJECTIVES
 from .sensitivity import COMBINERS, METHODS
 
+LOGGER = logging.getLogger("hf_mrpf")
 ADAM_LEARNING_RATE = 1e-3
 SGD_LEARNING_RATE = 0.05
 SGD_ARGUMENTS = "momentum=0.9,nesterov=true"
@@ -192,6 +195,11 @@ class MRPFConfig(TrainingArguments):
             self.optim = "adam"
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # torch warns at every loader otherwise
+            if self.attack_dtype == "bfloat16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+                LOGGER.warning(
+                    "--attack_dtype bfloat16: this processor has no instructions for it and will be many times slower "
+                    "than in float32; leave the option out."
+                )
 
     def _check_values(self) -> None:
         if not callable(self.objective):

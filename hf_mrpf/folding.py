@@ -65,7 +65,7 @@ def folded_batchnorm(model: nn.Module, images: Tensor) -> Iterator[Forward]:
         `Callable`: runs the model, as `model(images)` does.
     """
     modules = list(model.modules())[1:]
-    if any(_is_compiled(module) for module in (model, *modules)):
+    if any(is_compiled(module) for module in (model, *modules)):
         yield model
         return
     known = _KNOWN.get(model)
@@ -140,7 +140,8 @@ def _watched(modules: Sequence[nn.Module]) -> Iterator[list[Pair]]:
             pairs.append(Pair(convolution, norm))
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def is_compiled(module: nn.Module) -> bool:
+    """Whether what the module runs is compiled, and would have to be once more if anything of it were exchanged."""
     return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
 
 

@@ -17,6 +17,7 @@ from .attention import attention_slices
 from .calibration import attacked_batches
 from .fingerprint import images_sha256, weights_sha256
 from .journal import Journal
+from .prefix import ReadingOrder
 from .processes import Processes
 from .progress import progress_bar
 from .weight_ascent import Piece, RobustLoss, ascend, norm
@@ -303,14 +304,21 @@ def _scores(
     targets: Mapping[str, list[Piece]], missing: Container[str], measure: RobustLoss, gamma: float, steps: int
 ) -> Iterator[dict[str, Any]]:
     """The score of each missing target on one set, with what it cost; no steps mean first order."""
-    loss, gradients = measure([piece for pieces in targets.values() for piece in pieces])
+    every_piece = [piece for pieces in targets.values() for piece in pieces]
+    with ReadingOrder(piece.weight for piece in every_piece) as order:
+        loss, gradients = measure(every_piece)
     remaining = iter(gradients)
-    for name, pieces in targets.items():
-        gradient = list(islice(remaining, len(pieces)))
+    first = {name: list(islice(remaining, len(pieces))) for name, pieces in targets.items()}
+    # What is kept of the network before one target's weights serves the next. A process without images saw no order.
+    places = {name: min(order.place(piece.weight) for piece in pieces) for name, pieces in targets.items()}
+    for name in measure.processes.from_main(sorted(targets, key=places.__getitem__)):
+        pieces, gradient = targets[name], first.pop(name)
         if name not in missing:
             continue
         forwards, backwards = measure.forwards, measure.backwards
         radius = gamma * norm(piece.view for piece in pieces)
+        if steps and radius and norm(gradient):
+            measure.only_change(pieces)
         score = ascend(pieces, gradient, radius, steps, measure, loss) if steps else radius * norm(gradient)
         yield {
             "name": name,

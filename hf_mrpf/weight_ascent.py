@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .attacks import logits_of
 from .calibration import AttackedBatch
+from .prefix import Prefix
 from .processes import Processes
 
 
@@ -35,6 +36,15 @@ class RobustLoss:
     processes: Processes
     forwards: int = 0
     backwards: int = 0
+    prefixes: list[Prefix] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.prefixes = [Prefix(self.model, images) for _, images, _ in self.parts]
+
+    def only_change(self, pieces: Sequence[Piece]) -> None:
+        """From now on only these weights change: what the network computes before it reads them is kept."""
+        for prefix in self.prefixes:
+            prefix.stop_before({id(piece.weight): piece.weight for piece in pieces}.values())
 
     def __call__(self, pieces: Sequence[Piece] = ()) -> tuple[float, list[Tensor]]:
         """The loss in nats and its gradient for each piece, 0 for one that the loss does not depend on."""
@@ -45,9 +55,9 @@ class RobustLoss:
         for weight in weights:
             weight.requires_grad_(True)
         try:
-            for _, images, labels in self.parts:
+            for prefix, (_, _, labels) in zip(self.prefixes, self.parts, strict=True):
                 with torch.set_grad_enabled(bool(weights)):
-                    losses = F.cross_entropy(logits_of(self.model(images)), labels, reduction="none")
+                    losses = F.cross_entropy(logits_of(prefix()), labels, reduction="none")
                     loss = losses.sum()
                 total += losses.detach().cpu().double().sum().item()
                 if weights:

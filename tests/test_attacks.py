@@ -1,7 +1,7 @@
 """PGD: the threat model is kept, the model is left as it was, and the result equals torchattacks'."""
 
 import math
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from types import SimpleNamespace
 
 import pytest
@@ -164,6 +164,49 @@ def test_equals_torchattacks(data, norm, eps, random_start):
     # Rounding differs, as BatchNorm is folded meanwhile: an l2 step passes it on to the images, a sign does not.
     assert (ours - expected).abs().max() <= (1e-6 if norm == "linf" else 2e-4 * eps)
     assert torch.equal(net(ours).argmax(1), net(expected).argmax(1))
+
+
+@pytest.mark.parametrize("norm, eps", [("linf", 0.1), ("l2", 1.0)])
+@pytest.mark.parametrize("loss", ["ce", "margin"])
+def test_an_image_leaves_the_batch_at_the_first_iterate_that_fools(data, norm, eps, loss):
+    images, labels = data
+    net = fitted_net(images, labels)
+    attack = AttackConfig(norm, eps, step_size=eps / 8, num_steps=12, random_start=False)
+    iterates = [images]
+    for steps in range(1, 13):  # the same steps, each time one more of them
+        iterates.append(pgd_attack(net, images, labels, replace(attack, num_steps=steps), loss=loss))
+    wrong = torch.stack([net(iterate).argmax(1) != labels for iterate in iterates])
+    assert wrong[:-1].any(0).any() and not wrong.any(0).all() and not wrong[:3].any()
+    sizes = []
+    net.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    found = pgd_attack(net, images, labels, attack, loss=loss, until_fooled=True)
+    expected = [iterates[int(column[:-1].int().argmax()) if column[:-1].any() else 12][i]
+                for i, column in enumerate(wrong.T)]  # fmt: skip
+    assert (found - torch.stack(expected)).abs().max() <= 1e-5
+    # A pass runs those alone that no iterate before its own has fooled.
+    assert sizes == [int((~wrong[:step].any(0)).sum()) for step in range(12)]
+    with pytest.raises(ValueError, match="until_fooled needs the class of each image"):
+        pgd_attack(net, images, net(images).detach(), attack, loss="kl", until_fooled=True)
+
+
+def test_nothing_is_run_once_all_are_fooled(data):
+    images, labels = data
+    net = fitted_net(images, labels)
+    passes = []
+    net.register_forward_hook(lambda *_: passes.append(1))
+    found = pgd_attack(net, images, (labels + 1) % 5, AttackConfig(random_start=False), until_fooled=True)
+    assert torch.equal(found, images) and len(passes) == 1
+
+
+def test_an_image_that_is_wrong_by_rounding_alone_stays():
+    class Even(nn.Module):
+        def forward(self, images):
+            self.runs = getattr(self, "runs", 0) + 1
+            return torch.stack([images.mean((1, 2, 3)), images.mean((1, 2, 3)) * (1 + 1e-6)], 1)
+
+    net, images = Even(), torch.rand(4, 3, 8, 8)
+    pgd_attack(net, images, torch.zeros(4, dtype=torch.long), AttackConfig(num_steps=3), until_fooled=True)
+    assert net.runs == 3
 
 
 def test_accuracy_under_pgd20_is_that_of_torchattacks_within_noise():

@@ -331,15 +331,17 @@ def test_a_journal_goes_on_where_a_measurement_was_cut_short(net, sets, tmp_path
     module_robustness_sensitivity(counting, sets, ATTACK, journal=tmp_path / "mrs.jsonl")
     everything, lines = counting.seen, (tmp_path / "mrs.jsonl").read_bytes().splitlines(keepends=True)
     cut = int(len(lines) * 0.6)
-    (tmp_path / "mrs.jsonl").write_bytes(b"".join(lines[:cut]) + lines[cut][:7])
-    counting = Counting(net)
-    again = module_robustness_sensitivity(counting, sets, ATTACK, journal=tmp_path / "mrs.jsonl")
     strip = lambda scores: {name.removeprefix("net."): value for name, value in scores.items()}  # noqa: E731
-    assert strip(again.scores) == dict(whole)
-    assert again.settings["forwards"] == whole.settings["forwards"]
-    assert again.settings["robust_losses"] == whole.settings["robust_losses"]
-    assert counting.seen < 0.6 * everything
-    assert (tmp_path / "mrs.jsonl").read_bytes() == b"".join(lines)
+    # Cut short within a line, at its very end, and with lines of something longer after it.
+    for torn in (lines[cut][:7], lines[cut][:-1], lines[cut][:7] + b"\n" + b"".join(lines)):
+        (tmp_path / "mrs.jsonl").write_bytes(b"".join(lines[:cut]) + torn)
+        counting = Counting(net)
+        again = module_robustness_sensitivity(counting, sets, ATTACK, journal=tmp_path / "mrs.jsonl")
+        assert strip(again.scores) == dict(whole)
+        assert again.settings["forwards"] == whole.settings["forwards"]
+        assert again.settings["robust_losses"] == whole.settings["robust_losses"]
+        assert counting.seen < 0.6 * everything
+        assert (tmp_path / "mrs.jsonl").read_bytes() == b"".join(lines)
     # Other weights are another measurement.
     other = Counting(copy.deepcopy(net))
     with torch.no_grad():

@@ -81,13 +81,21 @@ def test_settings_are_the_names_and_the_configs():
     model, images, labels, *_ = _linear_problem(8)
     attack = AttackConfig(eps=0.1, num_steps=3)
     settings = evaluate_robustness(model, (images, labels), ALL, attack).settings
-    assert settings["fgsm"] == {"loss": "ce", "steps": 1, "step_size": 0.1, "restarts": 1, "random_start": False}
+    assert settings["fgsm"] == {
+        "loss": "ce",
+        "steps": 1,
+        "step_size": 0.1,
+        "restarts": 1,
+        "random_start": False,
+        "fooled_by": "any iterate",
+    }
     assert settings["pgd20"] == {
         "loss": "ce",
         "steps": 20,
         "step_size": pytest.approx(2.5 * 0.1 / 20),
         "restarts": 1,
         "random_start": True,
+        "fooled_by": "any iterate",
     }
     assert settings["cw"]["loss"] == "margin"
     given = evaluate_robustness(model, (images, labels), "pgd20", replace(attack, step_size=0.07)).settings

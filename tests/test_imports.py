@@ -12,6 +12,7 @@ import hf_mrpf
 PACKAGE = Path(__file__).resolve().parent.parent / "hf_mrpf"
 FLOORS = {
     "folding": -1,
+    "prefix": 0,
     "attacks": 0,
     "allocation": 0,
     "modeling": 0,

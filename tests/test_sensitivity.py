@@ -372,7 +372,8 @@ def test_only_the_perturbed_weight_takes_a_gradient(net):
     taking = []
     net.register_forward_pre_hook(lambda *_: taking.append([n for n, p in net.named_parameters() if p.requires_grad]))
     module_robustness_sensitivity(net, calibration(), AttackConfig(eps=0))
-    each = [[[f"{name}.weight"], [f"{name}.weight"], []] for name in SCORED if name != "unused"]
+    # The first of each comes to where the weight is read, and no further.
+    each = [[[], [f"{name}.weight"], [f"{name}.weight"], []] for name in SCORED if name != "unused"]
     assert taking == [[f"{name}.weight" for name in SCORED], *(names for module in each for names in module)]
 
 

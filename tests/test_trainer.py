@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -389,3 +390,12 @@ def test_config_defaults_follow_the_optimizer_and_survive_a_copy(tmp_path):
     assert dataclasses.replace(adam, num_train_epochs=2).optim == "adam"
     assert MRPFConfig(output_dir=str(tmp_path), use_cpu=True).attack == AttackConfig()
     assert sgd.eval_attack == AttackConfig(eps=0.1, num_steps=2)
+
+
+def test_the_dtype_of_the_training_attack_is_a_setting_and_slow_where_it_has_no_instructions(tmp_path, caplog):
+    with patch("torch.ops.mkldnn._is_mkldnn_bf16_supported", return_value=False), caplog.at_level("WARNING", "hf_mrpf"):
+        args = MRPFConfig(output_dir=str(tmp_path), use_cpu=True, attack_dtype="bfloat16")
+    assert "no instructions for it" in caplog.text
+    assert (args.attack.dtype, args.eval_attack.dtype) == ("bfloat16", "float32")
+    with pytest.raises(ValueError, match="dtype is 'half'; an attack computes in one of float32, bfloat16"):
+        MRPFConfig(output_dir=str(tmp_path), use_cpu=True, attack_dtype="half")
