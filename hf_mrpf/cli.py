@@ -152,6 +152,14 @@ def number(text: str) -> float:
         raise ArgumentTypeError(f"{text!r} is no number; write 0.031 or 8/255") from error
 
 
+def multiple(text: str) -> int | str:
+    """Reads a whole number, or `auto`."""
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError as error:
+        raise ArgumentTypeError(f"{text!r} is no whole number; write 8, or auto") from error
+
+
 class GroupedParser(HfArgumentParser):
     """
     `HfArgumentParser` whose help shows the options of this library first, by subject.
@@ -182,6 +190,8 @@ class GroupedParser(HfArgumentParser):
             return
         if field.name in FRACTIONS:
             field.type = number
+        if field.name == "round_to":
+            field.type = multiple
         HfArgumentParser._parse_dataclass_field(self._option_groups[title], field)
 
     @staticmethod

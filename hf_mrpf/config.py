@@ -12,9 +12,9 @@ from transformers import TrainingArguments
 from .allocation import ALLOCATIONS
 from .attacks import DTYPES, AttackConfig
 from .importance import IMPORTANCES
+from .latency import TARGET_METRICS
 from .objectives import OBJECTIVES
 from .sensitivity import COMBINERS, METHODS
-from .units import METRICS
 
 LOGGER = logging.getLogger("hf_mrpf")
 ADAM_LEARNING_RATE = 1e-3
@@ -57,7 +57,7 @@ class MRPFConfig(TrainingArguments):
         target (`float`, *optional*, defaults to `0.5`):
             Fraction of `target_metric` that pruning **keeps**, in (0, 1).
         target_metric (`str`, *optional*, defaults to `"macs"`):
-            `"macs"` or `"params"`.
+            `"macs"`, `"params"` or `"latency"`, which is measured on this machine (see [`plan_pruning`]).
         allocation (`str`, *optional*, defaults to `"mrs"`):
             How the pruning ratio is shared out between units: a key of `ALLOCATIONS`.
         combine (`str`, *optional*, defaults to `"sum"`):
@@ -68,8 +68,10 @@ class MRPFConfig(TrainingArguments):
             Largest fraction of channels removed from any unit.
         min_channels (`int`, *optional*, defaults to `4`):
             Fewest channels left in any unit.
-        round_to (`int`, *optional*, defaults to `1`):
-            Kept widths are multiples of this.
+        round_to (`int` or `"auto"`, *optional*, defaults to `1`):
+            Kept widths are multiples of this; `"auto"` measures which of several is fastest on this machine.
+        latency_batch_size (`int`, *optional*, defaults to `1`):
+            Images in a pass that is timed for the two.
         ignore (`list[str]`, *optional*):
             Names of modules or units that are never pruned.
         prune_heads (`bool`, *optional*, defaults to `False`):
@@ -118,13 +120,20 @@ class MRPFConfig(TrainingArguments):
     eval_num_steps: int = field(default=10, metadata={"help": "Steps of PGD in the evaluations during training."})
 
     target: float = field(default=0.5, metadata={"help": "Fraction of the target metric that is KEPT, in (0, 1)."})
-    target_metric: str = field(default="macs", metadata={"help": "What the target counts: macs or params."})
+    target_metric: str = field(
+        default="macs", metadata={"help": f"What the target counts: {', '.join(TARGET_METRICS)}."}
+    )
     allocation: str = field(default="mrs", metadata={"help": f"Ratio per unit by: {', '.join(ALLOCATIONS)}."})
     combine: str = field(default="sum", metadata={"help": f"Members' scores to unit's: {', '.join(COMBINERS)}, joint."})
     importance: str = field(default="magnitude", metadata={"help": f"Channels ranked by: {', '.join(IMPORTANCES)}."})
     max_ratio: float = field(default=0.85, metadata={"help": "Largest fraction removed from any unit."})
     min_channels: int = field(default=4, metadata={"help": "Fewest channels left in any unit."})
-    round_to: int = field(default=1, metadata={"help": "Kept widths are multiples of this."})
+    round_to: int | str = field(
+        default=1, metadata={"help": "Kept widths are multiples of this, or auto: what is fastest on this machine."}
+    )
+    latency_batch_size: int = field(
+        default=1, metadata={"help": "Images in a pass timed for --target_metric latency and --round_to auto."}
+    )
     ignore: list[str] = field(default_factory=list, metadata={"help": "Modules or units that are never pruned."})
     prune_heads: bool = field(
         default=False, metadata={"help": "Attention loses whole heads, not channels of every head."}
@@ -199,7 +208,7 @@ class MRPFConfig(TrainingArguments):
         _known("importance", self.importance, IMPORTANCES)
         _known("combine", self.combine, (*COMBINERS, "joint"))
         _known("sensitivity_method", self.sensitivity_method, METHODS)
-        _known("target_metric", self.target_metric, METRICS)
+        _known("target_metric", self.target_metric, TARGET_METRICS)
         if not (isinstance(self.target, float | int) and 0 < self.target < 1):
             raise ValueError(
                 f"target={self.target} is not a fraction kept in (0, 1): 0.5 keeps half of the {self.target_metric}."
@@ -209,14 +218,18 @@ class MRPFConfig(TrainingArguments):
         for name, least in {
             "min_channels": 1,
             "round_to": 1,
+            "latency_batch_size": 1,
             "calibration_sets": 1,
             "calibration_set_size": 1,
             "eval_num_steps": 1,
             "recalibration_samples": 0,
         }.items():
             value = getattr(self, name)
+            if name == "round_to" and value == "auto":
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value} must be a whole number, at least {least}.")
+                other = ", or auto" if name == "round_to" else ""
+                raise ValueError(f"{name}={value} must be a whole number, at least {least}{other}.")
         if self.crop_padding is not None and self.crop_padding < 0:
             raise ValueError(f"crop_padding={self.crop_padding} must be at least 0.")
         if self.sensitivity_steps is not None and (self.sensitivity_steps < 1 or METHODS[self.sensitivity_method] == 0):

@@ -90,14 +90,43 @@ def measure_latency(
         )
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     images = torch.rand(batch_size, 3, height, width, generator=torch.Generator().manual_seed(0))
+    timed = latency_rounds(models, images, rounds=rounds, warmup=warmup)
+    return {name: statistics.median(passes) for name, passes in timed.items()}
+
+
+def latency_rounds(
+    models: Mapping[str, nn.Module | Callable[[Tensor], object]],
+    images: Tensor,
+    *,
+    rounds: int,
+    warmup: int = 3,
+    seconds: float = 0.0,
+    most: int | None = None,
+) -> dict[str, list[float]]:
+    """
+    Time passes as [`measure_latency`] does, on given images, and tell the milliseconds of every round.
+
+    Args:
+        models (`Mapping`), warmup (`int`): as there.
+        images (`torch.Tensor` of shape `[N, C, H, W]`): a batch for each model's pass.
+        rounds (`int`): timed passes of each model, at least.
+        seconds (`float`, *optional*, defaults to 0): further rounds follow until all passes have taken this.
+        most (`int`, *optional*): where the further rounds end anyway.
+
+    Returns:
+        `dict[str, list[float]]`: as many times for each name.
+    """
     modules = {name: model for name, model in models.items() if isinstance(model, nn.Module)}
     inputs = {name: images.to(_reference(modules[name])) if name in modules else images for name in models}
     times: dict[str, list[float]] = {name: [] for name in models}
     with _evaluating(*modules.values()), torch.inference_mode():
-        for _ in range(warmup + rounds):
+        done, spent = -warmup, 0.0
+        while done < rounds or (spent < seconds and (most is None or done < most)):
             for name, model in models.items():
-                times[name].append(_seconds(model, inputs[name]))
-    return {name: 1000 * statistics.median(passes[warmup:]) for name, passes in times.items()}
+                times[name].append(1000 * _seconds(model, inputs[name]))
+                spent += times[name][-1] / 1000
+            done += 1
+    return {name: passes[warmup:] for name, passes in times.items()}
 
 
 def file_size(path: str | Path) -> int:

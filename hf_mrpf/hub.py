@@ -20,7 +20,7 @@ from .modeling import PrunedForImageClassification
 from .plan import PruningPlan
 from .report import RobustnessReport, package_versions
 from .results import ResultRow
-from .rounds import round_rows
+from .rounds import round_rows, share_left, shares_left
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 NEEDED = ("config.json", "preprocessor_config.json", "modeling.py")
@@ -285,13 +285,13 @@ def shown_plan(plans: Sequence[PruningPlan]) -> PruningPlan:
     if whole := whole_plan(plans):
         return whole
     first, last = plans[0], plans[-1]
-    metric = last.target_metric
     return replace(
         last,
-        target=last.target * last.before[metric] / first.before[metric],
+        target=last.target * share_left(plans[:-1], last.target_metric),
         before=first.before,
-        achieved={name: size / first.before[name] for name, size in last.after.items()},
+        achieved=shares_left(plans),
         dense_size=first.dense_size,
+        latency=None,
     )
 
 

@@ -77,8 +77,8 @@ def plan_figures(plan: PruningPlan) -> dict[str, float]:
 
     Returns:
         `dict[str, float]`: `mrs/<unit>` and `module_mrs/<module>` in nats, where they were measured; `pruned/<unit>`,
-        the fraction removed, and `width/<unit>`, the channels kept; `kept/macs` and `kept/params`, fractions of the
-        model before, and `size/macs` and `size/params` after.
+        the fraction removed, and `width/<unit>`, the channels kept; `kept/macs` and `kept/params` (and `kept/latency`
+        where it was measured), fractions of the model before, and `size/macs` and `size/params` after.
     """
     widths = {unit.name: round(unit.width * (1 - plan.ratios[unit.name])) for unit in plan.units}
     groups: dict[str, Mapping[str, float]] = {

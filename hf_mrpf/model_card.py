@@ -38,6 +38,8 @@ class PlanSummary:
             rounds together.
         of_dense (`dict[str, float]`, *optional*):
             Where the model had been pruned before: fraction of the dense network kept in all, by metric.
+        latency (`dict`, *optional*):
+            `PruningPlan.latency`: how the fraction of the latency was measured.
     """
 
     allocation: str
@@ -50,6 +52,7 @@ class PlanSummary:
     spearman: float | None = None
     rounds: int = 1
     of_dense: dict[str, float] | None = None
+    latency: dict[str, Any] | None = None
 
     @classmethod
     def from_plan(cls, plan: Any, *, rounds: int = 1) -> Self:
@@ -75,6 +78,7 @@ class PlanSummary:
             spearman=sensitivity.get("spearman"),
             rounds=rounds,
             of_dense=plan.dense_size and {name: plan.after[name] / size for name, size in plan.dense_size.items()},
+            latency=plan.latency,
         )
 
 

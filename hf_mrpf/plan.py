@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .rounds import compose_kept
+from .rounds import compose_kept, share_left, shares_left
 from .units import PruningUnit, UnitGraph, trace_units
 
 FORMAT_VERSION = 1
@@ -25,7 +25,7 @@ class PruningPlan:
 
     Attributes:
         target (`float`): fraction of `target_metric` to keep, as asked for.
-        target_metric (`str`): `"macs"` or `"params"`.
+        target_metric (`str`): `"macs"`, `"params"` or `"latency"`.
         allocation, combine, importance (`str`): names of the functions used.
         max_ratio (`float`), min_channels (`int`), round_to (`int`), ignore (`tuple[str, ...]`), seed (`int`): settings.
         units (`tuple[PruningUnit, ...]`): all units of the model, in its order.
@@ -36,13 +36,17 @@ class PruningPlan:
             heads `{"heads": [...], "qk": [[...], ...], "v": [[...], ...]}`: heads, and of each kept head the channels
             of its queries and keys and those of its values.
         before, after (`dict[str, int]`): `"macs"` per image and `"params"` of the model before and after.
-        achieved (`dict[str, float]`): fractions kept, `after / before`.
+        achieved (`dict[str, float]`): fractions kept, `after / before`, and `"latency"` where it was measured.
         example_shape (`tuple[int, ...]`): shape of one input batch, `[1, 3, H, W]`.
         sensitivity (`dict`, *optional*): `settings`, `per_set` scores and mean `spearman` of the sets, where measured.
         versions (`dict[str, str]`): of the libraries that made the plan.
         weights_sha256 (`str`): of the weights that were planned on.
         dense_size (`dict[str, int]`, *optional*): where the model that was planned on had been pruned already, `"macs"`
             and `"params"` of the dense network that it came from; None for a dense one, or one whose past is not known.
+        latency (`dict`, *optional*): where the target or `round_to` was found by measurement: `fraction`, the median
+            over `rounds` of the pruned time as a fraction of the dense one's in the same round, and its `quartiles`;
+            `milliseconds` of both, `batch_size`, `device`; `tried`, candidates of the search for the target in order,
+            and `multiples`, what `round_to="auto"` compared (without `fraction`: not of equal size).
 
     Raises:
         ValueError: If the fields contradict each other, such as kept indices outside a unit.
@@ -71,6 +75,7 @@ class PruningPlan:
     versions: dict[str, str]
     weights_sha256: str
     dense_size: dict[str, int] | None = None
+    latency: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         widths = {unit.name: unit.width for unit in self.units}
@@ -142,7 +147,7 @@ class PruningPlan:
         One plan that removes at once what several removed one after another.
 
         Settings, scores and hash are the first one's: they are about the model that all indices are about. Target, kept
-        channels and sizes are those that were reached in all.
+        channels and sizes are those that were reached in all; so is the latency, the product of what was measured.
 
         Args:
             plans (`Sequence[PruningPlan]`): in the order in which they were applied, at least one.
@@ -167,8 +172,8 @@ class PruningPlan:
         metric = last.target_metric
         try:
             kept = compose_kept([plan.kept for plan in plans])
-            target = last.target * last.before[metric] / first.before[metric]
-            achieved = {name: size / first.before[name] for name, size in last.after.items()}
+            target = last.target * share_left(plans[:-1], metric)
+            achieved = shares_left(plans)
         except (ValueError, KeyError, ZeroDivisionError) as error:
             raise ValueError(f"{source}: the rounds do not go together ({error}).") from error
         ratios = {unit.name: removed_fraction(unit, kept[unit.name]) for unit in first.units}
@@ -180,6 +185,7 @@ class PruningPlan:
             ratios=ratios,
             after=last.after,
             achieved=achieved,
+            latency=first.latency if len(plans) == 1 else None,
         )
 
     @classmethod
@@ -197,7 +203,7 @@ class PruningPlan:
         if unknown := sorted(set(given) - set(names)):
             raise ValueError(f"{source}: unknown key {unknown[0]!r}; known keys: {', '.join(names)}.")
         for name in names:
-            if name == "dense_size" and name not in given:  # a plan of the first release
+            if name in ("dense_size", "latency") and name not in given:  # a plan of the first release
                 continue
             if name not in given:
                 raise ValueError(f"{source}: key {name!r} is missing.")
@@ -338,6 +344,20 @@ def _is_unit(value: Any) -> bool:
     )
 
 
+def _is_latency(value: Any) -> bool:
+    if value is None:
+        return True
+    needed = {
+        "fraction": _is_number,
+        "quartiles": lambda pair: _list_of(_is_number)(pair) and len(pair) == 2,
+        "milliseconds": _mapping_of(_is_number),
+        "rounds": _is_int,
+        "batch_size": _is_int,
+        "device": _is_text,
+    }
+    return isinstance(value, Mapping) and all(fits(value.get(key)) for key, fits in needed.items())
+
+
 _TEXT = ("a string", _is_text)
 _NUMBER = ("a number", _is_number)
 _INTEGER = ("an integer", _is_int)
@@ -382,4 +402,5 @@ _FIELD_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "versions": ("an object of strings", _mapping_of(_is_text)),
     "weights_sha256": _TEXT,
     "dense_size": ("an object of integers or null", lambda value: value is None or _INTEGERS[1](value)),
+    "latency": ("an object of fraction, quartiles, milliseconds, rounds, batch_size and device, or null", _is_latency),
 }

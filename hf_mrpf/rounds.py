@@ -1,5 +1,6 @@
 """Pruning in several rounds: what each of them aims at, and what they keep together. Pure functions, no tensor."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,21 @@ def round_target(target: float, number: int, rounds: int, kept: float) -> float:
         raise ValueError(f"round {number} of {rounds}: rounds are counted from 1 to {rounds}.")
     wanted = fraction_after(target, number, rounds) / kept
     return wanted if wanted < 1 else ALMOST_ALL
+
+
+def share_left(plans: Sequence[Any], metric: str) -> float:
+    """Fraction of the first model's `metric` that plans leave, applied in order; all of it where there are none."""
+    if not plans:
+        return 1.0
+    if metric == "latency":  # measured beside the model that each round began with
+        return math.prod(plan.achieved[metric] for plan in plans)
+    return plans[-1].after[metric] / plans[0].before[metric]
+
+
+def shares_left(plans: Sequence[Any]) -> dict[str, float]:
+    """[`share_left`] of every metric that all of at least one plan know."""
+    timed = all("latency" in plan.achieved for plan in plans)
+    return {name: share_left(plans, name) for name in (*plans[-1].after, *(("latency",) if timed else ()))}
 
 
 def stage_names(rounds: int) -> list[tuple[str, str]]:

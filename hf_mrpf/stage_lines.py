@@ -68,15 +68,22 @@ def pruning_figures(plan: PruningPlan, result: Mapping[str, Any], dense: Mapping
         dense (`Mapping[str, int]`): `macs` and `params` of the dense model, that before the first round.
 
     Returns:
-        `dict[str, Any]`: `macs` and `params` as fractions of the dense model's; `clean` and `robust` are validation
-        accuracies after the last step, `<step>_robust` those after each one before it.
+        `dict[str, Any]`: `macs` and `params` as fractions of the dense model's; where it was measured, `latency` as one
+        of the model's that this round began with, the quartiles of its rounds, and what widths are multiples of;
+        `clean` and `robust` are validation accuracies after the last step, `<step>_robust` those after each one before.
     """
     steps = list(result["steps"].items())
     last = steps[-1][1] if steps else {}
+    latency = {}
+    if plan.latency is not None:
+        low, high = plan.latency["quartiles"]
+        latency = {"latency": plan.latency["fraction"], "latency_quartiles": f"{low:.4f}..{high:.4f}"}
+        latency |= {"latency_batch_size": plan.latency["batch_size"], "round_to": plan.round_to}
     return {
         "allocation": plan.allocation,
         "seconds": result["seconds"],
         **{name: plan.after[name] / dense[name] for name in WHOLE},
+        **latency,
         "clean": last.get("accuracy"),
         "robust": last.get("robust_accuracy"),
         **{f"{step}_robust": figures["robust_accuracy"] for step, figures in steps[:-1]},

@@ -186,9 +186,13 @@ class MRPFTrainer(MeasuringTrainer):
         if plan is None:
             plan = self._plan(model, calibration)
         replaced = self._fire("on_plan_end", plan=plan)
-        plan = plan if replaced is None else replaced
-        if not isinstance(plan, PruningPlan):
-            raise ValueError(f"on_plan_end returned a {type(plan).__name__}; return a PruningPlan, or None to keep it.")
+        if not isinstance(replaced, PruningPlan | None):
+            raise ValueError(
+                f"on_plan_end returned a {type(replaced).__name__}; return a PruningPlan, or None to keep it."
+            )
+        if replaced is not None:
+            # A latency was measured of what the plan kept then.
+            plan = replaced if replaced.kept == plan.kept else dataclasses.replace(replaced, latency=None)
         plan = PruningPlan.from_dict(broadcast_object_list([plan.to_dict()])[0])
 
         dense = copy.deepcopy(model) if args.repair else None
@@ -254,6 +258,7 @@ class MRPFTrainer(MeasuringTrainer):
             max_ratio=args.max_ratio,
             min_channels=args.min_channels,
             round_to=args.round_to,
+            latency_batch_size=args.latency_batch_size,
             ignore=tuple(args.ignore),
             heads=args.prune_heads,
             seed=args.seed,
@@ -469,5 +474,7 @@ def _size(model: nn.Module, plan: PruningPlan) -> dict[str, int]:
 def _with_measured_size(plan: PruningPlan, before: dict[str, int], after: dict[str, int]) -> PruningPlan:
     """The plan with the sizes that were measured and the ratios of what it keeps, whatever a hook made of it."""
     achieved = {metric: after[metric] / before[metric] for metric in after}
+    if plan.latency is not None:
+        achieved["latency"] = plan.latency["fraction"]
     ratios = {unit.name: removed_fraction(unit, plan.kept[unit.name]) for unit in plan.units}
     return dataclasses.replace(plan, ratios=ratios, before=before, after=after, achieved=achieved)

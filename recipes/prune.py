@@ -43,6 +43,7 @@ if __name__ == "__main__":
 
 # ruff: noqa: E402
 import torch
+from transformers import TrainerCallback
 
 from hf_mrpf import PrunedForImageClassification, PruningPlan, RobustnessReport
 from hf_mrpf.cli import build_model, load_data, own_config, run_settings
@@ -52,6 +53,7 @@ from hf_mrpf.delivery import check_repository_id, push_result, repository, shown
 from hf_mrpf.efficiency import count_macs, count_parameters, device_name, file_size, measure_latency
 from hf_mrpf.evaluation import evaluate_robustness
 from hf_mrpf.figures import plot_sensitivity
+from hf_mrpf.fingerprint import weights_sha256
 from hf_mrpf.hub import shown_plan, write_plans
 from hf_mrpf.interruption import resumable
 from hf_mrpf.launch import check_world_size
@@ -61,7 +63,7 @@ from hf_mrpf.progress import shows_progress
 from hf_mrpf.pruning import plan_pruning, prune
 from hf_mrpf.report import paired_difference
 from hf_mrpf.results import ResultRow, results_table
-from hf_mrpf.rounds import fraction_after, round_rows, round_target, stage_names
+from hf_mrpf.rounds import fraction_after, round_rows, round_target, share_left, stage_names
 from hf_mrpf.run_folder import RunFolder, write_json
 from hf_mrpf.stage_lines import evaluation_figures, pruning_figures, stage_line, training_figures
 from hf_mrpf.stages import (
@@ -78,6 +80,8 @@ from hf_mrpf.stages import (
 )
 
 ATTACKS = ("clean", "fgsm", "pgd20", "cw")
+# Of a stage whose plan hangs on measured times, from when it is planned.
+MEASURED_PLAN = "measured_plan.json"
 
 
 def main() -> None:
@@ -100,7 +104,9 @@ def main() -> None:
     args.horizontal_flip = args.horizontal_flip and data.flip
     torch.manual_seed(args.seed)
     model = build_model(model_args, data).to(args.device)
-    refuse_unreachable(model, data, round_args, args)
+    first_stage, _ = stage_names(round_args.pruning_rounds)[0]
+    if run_args.overwrite_output_dir or not (run.stage(first_stage) / MEASURED_PLAN).is_file():
+        refuse_unreachable(model, data, round_args, args)
     if args.push_to_hub:
         # The id in full is on the card; a token or a name that cannot work shows before any training.
         args.hub_model_id = repository(args)
@@ -126,15 +132,17 @@ def refuse_unreachable(
     """Everything the pruning stages could refuse, before hours of training rather than after."""
     calibration_batches(data.train, args.calibration_sets, args.calibration_set_size, seed=args.seed)
     example = torch.zeros(1, 3, data.image_size, data.image_size, device=args.device)
-    limits = {name: getattr(args, name) for name in ("max_ratio", "min_channels", "round_to")}
+    limits = {name: getattr(args, name) for name in ("max_ratio", "min_channels", "round_to", "latency_batch_size")}
     rounds, metric = round_args.pruning_rounds, args.target_metric
+    if args.round_to == "auto" and metric != "latency":
+        limits["round_to"] = 1  # which multiple is fastest changes nothing: this one is always among the candidates
     trial, kept = copy.deepcopy(model) if rounds > 1 else model, [1.0]
     for number in range(1, rounds + 1):
         target = round_target(args.target, number, rounds, kept[-1])
         try:
             plan = plan_pruning(
                 trial, example, target=target, target_metric=metric, allocation="uniform",
-                ignore=tuple(args.ignore), heads=args.prune_heads, **limits,
+                ignore=tuple(args.ignore), heads=args.prune_heads, distributed=args.world_size > 1, **limits,
             )  # fmt: skip
         except ValueError as error:
             which = f"round {number} of {rounds} ({target:.1%} of what the one before leaves): " if rounds > 1 else ""
@@ -176,7 +184,7 @@ def pruning_rounds(run: RunFolder, dense, data: ImageData, round_args: RoundArgu
         model, plan = pruned_stage(run, stage, model, data, dataclasses.replace(args, target=target), dense_size)
         plans.append(plan)
         dense_size = plans[0].before
-        kept = plan.after[args.target_metric] / plans[0].before[args.target_metric]
+        kept = share_left(plans, args.target_metric)
         if number < round_args.pruning_rounds:
             model = trained_stage(run, recovery, model, data, args, round_args.recovery_epochs, after=stage)
     return model, plans
@@ -191,7 +199,7 @@ def pruned_stage(
         return finished, PruningPlan.load(plan_file)
     start = time.perf_counter()
     trainer = make_trainer(copy.deepcopy(model), data, stage_arguments(run, stage, args))
-    plan = trainer.prune()
+    plan = trainer.prune(measured_before(run, stage, model, trainer))
     end_of_run(args)
     result = {"seconds": round(time.perf_counter() - start, 1), "steps": trainer.pruning_report}
     result["figures"] = pruning_figures(plan, result, dense or plan.before)
@@ -205,6 +213,27 @@ def pruned_stage(
     model = finish(run, stage, trainer.model, result, args)
     tell(stage, result, args)
     return model, plan
+
+
+def measured_before(run: RunFolder, stage: str, model, trainer) -> PruningPlan | None:
+    """The plan that an interrupted pruning had found by measurement; a new one is kept as soon as it is made."""
+    file = run.stage(stage) / MEASURED_PLAN
+    trainer.add_callback(KeepMeasuredPlan(file))
+    plan = PruningPlan.load(file) if file.is_file() else None
+    # A stage before this one may have been done again.
+    return plan if plan is not None and plan.weights_sha256 == weights_sha256(model) else None
+
+
+class KeepMeasuredPlan(TrainerCallback):
+    """Writes a plan that hangs on a measurement, which would not come out the same a second time."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def on_plan_end(self, args, state, control, *, plan, **kwargs):
+        if plan.latency is not None and args.process_index == 0:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.file, plan.to_dict())
 
 
 def test_reports(run: RunFolder, models: dict, data: ImageData, args: MRPFConfig) -> dict[str, RobustnessReport]:

@@ -41,6 +41,7 @@ FLOORS = {
     "results": 1,
     "export": 1,
     "plan": 2,
+    "latency": 2,
     "selection": 2,
     "compression": 4,
     "objectives": 1,

@@ -239,6 +239,7 @@ def test_plan_summary_reads_a_plan():
         sensitivity={"settings": {"gamma": 0.1}, "spearman": 0.9},
         after={"macs": 20},
         dense_size={"macs": 80},
+        latency=None,
     )
     summary = PlanSummary.from_plan(plan, rounds=2)
     assert (summary.gamma, summary.spearman, summary.rounds, summary.importance) == (0.1, 0.9, 2, "taylor")

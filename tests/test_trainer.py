@@ -361,6 +361,8 @@ def test_an_evaluation_before_training_does_not_mark_the_model_as_prepared(tmp_p
         ({"combine": "median"}, r"combine='median' is not known.*joint"),
         ({"sensitivity_method": "guess"}, r"sensitivity_method='guess' is not known.*ascent"),
         ({"target_metric": "bytes"}, r"target_metric='bytes' is not known.*params"),
+        ({"round_to": "best"}, r"round_to=best must be a whole number, at least 1, or auto"),
+        ({"latency_batch_size": 0}, r"latency_batch_size=0 must be a whole number, at least 1"),
         ({"target": 1.0}, r"target=1.0 is not a fraction kept in \(0, 1\)"),
         ({"max_ratio": 1.0}, r"max_ratio=1.0 must be in \(0, 1\)"),
         ({"eps": 8}, r"8.*8/255"),
