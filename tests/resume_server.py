@@ -28,6 +28,7 @@ import torch_pruning  # noqa: F401
 import transformers.modeling_utils
 
 import hf_mrpf.cli
+import hf_mrpf.data
 import hf_mrpf.efficiency
 import hf_mrpf.evaluation
 import hf_mrpf.publishing
@@ -143,7 +144,7 @@ def watch_everything(places: Places) -> None:
 
 def cheapen() -> None:
     """What takes long and is of no interest here: read once, or not measured."""
-    hf_mrpf.cli.load_image_data = functools.cache(hf_mrpf.cli.load_image_data)
+    hf_mrpf.data.load_image_data = functools.cache(hf_mrpf.data.load_image_data)
     versions = functools.cache(hf_mrpf.report.package_versions)
     for name, module in list(sys.modules.items()):
         if name.startswith("hf_mrpf.") and hasattr(module, "package_versions"):

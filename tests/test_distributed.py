@@ -176,7 +176,7 @@ def test_robust_evaluation_on_shares_gives_every_image_the_same_verdict_once(net
         whole.zero_gradient_share,
     )
     assert 0 < first.attacks["pgd20"] < first.clean_accuracy
-    assert seen + seen_too == images
+    assert seen + seen_too == images + 1  # each process looks at one image to know what can be folded
     assert min(seen, seen_too) > images / 3
     # What two processes wrote down, one goes on from, without a single forward pass.
     ((again, forwards),) = on_processes(1, evaluated, net, data.test, False, journal, backend=backend)

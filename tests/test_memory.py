@@ -1,8 +1,10 @@
 """What training and scoring hold in memory, counted in bytes of tensors."""
 
+import contextlib
 import copy
 import gc
 import weakref
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -121,7 +123,7 @@ def test_only_the_newest_graph_is_alive_within_an_attack():
     first.register_forward_pre_hook(count)
     first.register_forward_hook(remember)
     pgd_attack(model, images, labels, ATTACK)
-    assert alive == [0] * ATTACK.num_steps
+    assert alive == [0] * (1 + ATTACK.num_steps)  # the first pass, of one image, is to know what can be folded
     alive.clear(), outputs.clear()
     hoarding_attack(model, images, labels, ATTACK)
     assert max(alive) > 0
@@ -247,8 +249,10 @@ def test_checkpointing_changes_neither_gradients_nor_statistics(name):
     checked.gradient_checkpointing_enable()
     twin, size = copy.deepcopy(checked), plain.config.image_size
     images, labels = batch(4, size)
-    for model in (plain, checked, twin):
-        trades_step(model, images, labels)
+    # Hooks of checkpointing are on BatchNorm, which is then not folded: attacks would differ by rounding.
+    with patch("hf_mrpf.attacks.folded_batchnorm", lambda *_: contextlib.nullcontext()):
+        for model in (plain, checked, twin):
+            trades_step(model, images, labels)
     assert sum(parameter.grad.norm() for parameter in plain.parameters()) > 0
     for model in (checked, twin):
         for (key, a), (_, b) in zip(plain.named_parameters(), model.named_parameters(), strict=True):
