@@ -135,7 +135,7 @@ def agreement(dataset: str, epochs: int, device: torch.device) -> dict[str, floa
     attack = AttackConfig(num_steps=10)
     model = trained(data, attack, epochs, device)
     pixels = as_pixel_dataset(data.test, model.config.image_size)[:256]
-    images, labels = pixels["pixel_values"].to(device), pixels["labels"].to(device)
+    images, labels = pixels["pixel_values"].to(device), torch.as_tensor(pixels["labels"]).to(device)
     sets = [(images[:128], labels[:128]), (images[128:], labels[128:])]
     exact = module_robustness_sensitivity(model, sets, attack, method="exact")
     ascent = module_robustness_sensitivity(model, sets, attack)
