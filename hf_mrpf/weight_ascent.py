@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .attacks import logits_of
 from .calibration import AttackedBatch
-from .folding import fast_layout, folded_except
+from .folding import folded_except
 from .prefix import Prefix
 from .processes import Processes
 
@@ -41,8 +41,8 @@ class RobustLoss:
     prefixes: list[Prefix] = field(init=False)
 
     def __post_init__(self) -> None:
-        layouts = [images.contiguous(memory_format=fast_layout(images)) for _, images, _ in self.parts]
-        self.prefixes = [Prefix(self.model, images) for images in layouts]
+        # Not channels last: gradients of the weights of a pruned network then end in a corrupted heap, at odd widths.
+        self.prefixes = [Prefix(self.model, images) for _, images, _ in self.parts]
 
     @contextmanager
     def changing_only(self, pieces: Sequence[Piece]) -> Iterator[None]:
