@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .folding import is_compiled
 
@@ -106,12 +107,24 @@ class _Ended(NamedTuple):
     place: int | None  # of the argument that it has returned, changed in place or as it was
 
 
+class _Versions(WeakTensorKeyDictionary):
+    """Which versions of tensors were read; a tensor that is gone is forgotten, as its id may become another's."""
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            self.setdefault(tensor, set()).add(tensor._version)
+
+    def add_all(self, others: "_Versions") -> None:
+        for tensor, versions in others.items():
+            self.setdefault(tensor, set()).update(versions)
+
+
 class _Call:
     """A call of a module that has not ended: what it was given and has read, and the calls in it that have ended."""
 
     def __init__(self, given: Any = ()) -> None:
         self.given = [(leaf, leaf._version) for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
-        self.read: set[tuple[int, int]] = set()
+        self.read = _Versions()
         self.ended: list[_Ended] = []
 
 
@@ -133,7 +146,7 @@ class _Watch(TorchDispatchMode):
             self._keep()
             raise _WeightIsRead
         self.parameters |= {id(tensor) for tensor in tensors if isinstance(tensor, nn.Parameter)}
-        self.open[-1].read |= {(id(tensor), tensor._version) for tensor in tensors}
+        self.open[-1].read.add(tensors)
         return func(*args, **(kwargs or {}))
 
     def starts(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -146,13 +159,15 @@ class _Watch(TorchDispatchMode):
         overwrites = any(leaf is not output or place is None for leaf in changed)
         if overwrites or module in self.watched:
             # It changes more than it returns, or hooks of others would be applied twice: it runs and reads again.
-            self.open[-1].read |= call.read
+            self.open[-1].read.add_all(call.read)
         else:
             versions = [_version(leaf) for leaf in tree_leaves(output)]
             self.open[-1].ended.append(_Ended(module, output, versions, place))
 
     def _keep(self) -> None:
-        read = set().union(*(call.read for call in self.open))
+        read = _Versions()
+        for call in self.open:
+            read.add_all(call.read)
         ended = [entry for call in self.open for entry in call.ended]
         for call in self.open:
             call.ended = []
@@ -167,14 +182,17 @@ class _Watch(TorchDispatchMode):
 
 
 def _references(
-    ended: list[_Ended], read: Container[tuple[int, int]]
+    ended: list[_Ended], read: Mapping[Tensor, set[int]]
 ) -> list[tuple[nn.Module, list[Callable[[], Any]], Any, int | None]]:
     """What ended calls returned, leaf by leaf; nothing where an operation that would run again has overwritten some."""
     references = []
     while ended:
         module, output, versions, place = ended.pop(0)
         leaves, shape = tree_flatten(output)
-        needed = [(id(leaf), version) in read for leaf, version in zip(leaves, versions, strict=True)]
+        needed = [
+            isinstance(leaf, Tensor) and version in read.get(leaf, ())
+            for leaf, version in zip(leaves, versions, strict=True)
+        ]
         if any(now and _version(leaf) != then for now, leaf, then in zip(needed, leaves, versions, strict=True)):
             return []
         references.append((module, [_reference(*pair) for pair in zip(leaves, needed, strict=True)], shape, place))

@@ -131,6 +131,31 @@ def test_what_comes_before_is_not_computed_and_takes_no_memory():
     assert sum({leaf.data_ptr(): leaf.nbytes for leaf in kept}.values()) <= 2 * 3 * 8 * 16 * 16 * 4
 
 
+class Arithmetic(nn.Module):
+    """What it computes before its first module is gone when the modules return, and its ids are free again."""
+
+    def __init__(self):
+        super().__init__()
+        self.stages = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(4))
+
+    def forward(self, x):
+        for _ in range(8):
+            x = x * 2 + 1
+        for stage in self.stages:
+            x = stage(x)
+        return x
+
+
+def test_an_output_that_took_the_id_of_a_tensor_that_is_gone_is_not_kept():
+    net = Arithmetic().eval()
+    for _ in range(20):
+        prefix = Prefix(net, IMAGES)
+        with frozen(net), torch.no_grad():
+            prefix.stop_before([net.stages[-1].weight])
+        held = [module for module, outputs in prefix._kept.items() for leaf, _ in outputs if any(leaf.stride())]
+        assert held == [net.stages[-2]]
+
+
 def test_a_module_that_others_watch_runs_each_time_and_is_watched_once_a_pass():
     net = small("timm/resnet18", layers=(1, 1, 1, 1), channels=(8, 8, 8, 8)).eval()
     net.backbone.layer1.register_forward_hook(lambda module, inputs, output: output * 2)
