@@ -240,7 +240,7 @@ def pgd_attack(
         )
     images, labels = images.detach(), labels.detach()
     if attack.eps == 0:
-        return images.clone()
+        return images.clone(memory_format=torch.contiguous_format)
     if start is None:
         start = _random_start(images, attack, None) if attack.random_start else images
 

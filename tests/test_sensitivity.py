@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_mrpf.attacks import AttackConfig, keyed_start, pgd_attack
 from hf_mrpf.sensitivity import (
@@ -63,6 +64,31 @@ def net():
 def fixed_adversarial_images(net, images, labels, attack=ATTACK, seed=0, first=0):
     start = keyed_start(images, range(first, first + len(images)), attack, seed)
     return pgd_attack(net, images, labels, attack, start=start)
+
+
+class Layouts(TorchDispatchMode):
+    """Whether weights or only images get a gradient, and the layout of the images, at each convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution_backward.default:
+            contiguous = args[1].is_contiguous() and not args[1].is_contiguous(memory_format=torch.channels_last)
+            self.seen.add(("weights" if args[-1][1] else "images", "contiguous" if contiguous else "channels last"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("eps", [0, 0.05])
+def test_weights_get_no_gradient_in_channels_last_which_corrupts_the_heap(net, eps):
+    # oneDNN issue 6035, on processors without AVX-512 at fewer than 8 channels, as pruned networks have them
+    batches = [(x.contiguous(memory_format=torch.channels_last), y) for x, y in calibration()]
+    with Layouts() as layouts:
+        module_robustness_sensitivity(net, batches, AttackConfig(eps=eps, num_steps=1), num_steps=2)
+    expected = {("weights", "contiguous"), ("images", "contiguous")}  # of layers before the one that changes
+    assert layouts.seen - {("images", "channels last")} == expected
+    assert (("images", "channels last") in layouts.seen) is (eps > 0)
 
 
 def naive_mrs(net, images, labels, weight, gamma, steps):
