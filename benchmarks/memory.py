@@ -2,7 +2,7 @@
 Peak memory of training and of module robustness sensitivity (MRS), each beside the plain thing it extends.
 
     python benchmarks/memory.py                # on the CPU: prints a table, writes benchmarks/results/memory.json
-    python benchmarks/memory.py --device cuda --output benchmarks/results/memory-cuda.json
+    python benchmarks/memory.py --device cuda  # writes benchmarks/results/memory-cuda.json
 
 Every case runs in a fresh process, over what that process holds when idle: once all is imported and a toy was trained.
 Model, optimizer and data count as part of a case. Two figures are taken, in separate runs:
@@ -18,11 +18,8 @@ import argparse
 import contextlib
 import functools
 import gc
-import json
 import multiprocessing
 import os
-import platform
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -35,9 +32,8 @@ from typing import Any, NamedTuple
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-import timm
 import torch
-import transformers
+from side_by_side import report
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, ViTConfig
@@ -370,14 +366,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def device_name(device: str) -> str:
-    """The GPU's name, or the processor's."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
-
-
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -387,7 +375,6 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=64, help="Of training and attack.")
     parser.add_argument("--sensitivity_batch_size", type=int, default=32, help="Of MRS, which takes longer.")
     parser.add_argument("--repeats", type=int, default=3, help="Processes per case whose resident size is measured.")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "memory.json")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU, and torch sees none; leave it out to measure on the CPU.")
@@ -395,20 +382,7 @@ def main() -> None:
     rows = [long_run(objective, repeats, args.device, args.threads) for objective in ("trades", "pgd")]
     for net in args.nets:
         rows += compare(net, (args.batch_size, args.sensitivity_batch_size), repeats, args.device, args.threads)
-    report = {
-        "command": " ".join(["python benchmarks/memory.py", *sys.argv[1:]]),
-        "device": device_name(args.device),
-        "threads": args.threads,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "timm": timm.__version__,
-        },
-        "rows": rows,
-    }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=1) + "\n")
+    report(f"memory{'' if args.device == 'cpu' else '-cuda'}", torch.device(args.device), args.threads, rows)
     print(table(rows))
     missed = [f"{row['net']}: {row['case']}" for row in rows if row["bytes_ratio"] > row["target"]]
     print(f"Above their targets: {', '.join(missed) or 'none'}.")

@@ -1,5 +1,6 @@
 """Coupled channels: what must be pruned together, and what a network costs at any widths, without running it again."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch_pruning.dependency import Group
 
 
+LOGGER = logging.getLogger("hf_mrpf")
 METRICS = ("macs", "params")
 # Side of the images on which planning checks a removal: 2x2 positions at a stride of 32.
 _CHECKED_SIDE = 64
@@ -194,7 +196,8 @@ def trace_units(model: nn.Module, example: Tensor, *, heads: bool = False, check
     try:
         with shapes_only():
             layers, coupled = _follow(skeleton(model), example.to("meta"), kinds, attentions)
-    except Exception:  # code that reads values fails on shapes alone in any way; what cannot be pruned fails again
+    except Exception as error:  # code that reads values may fail in any way; what cannot be pruned fails again
+        LOGGER.debug("%s does not run on shapes alone (%s); it is traced with values.", type(model).__name__, error)
         layers, coupled = _follow(model, example, kinds, attentions)
     graph = _graph(model, kinds, layers, coupled, attentions, heads)
     if not graph.units:
@@ -285,7 +288,8 @@ def _takes(model: nn.Module, images: Tensor) -> bool:
     try:
         with shapes_only(), torch.no_grad():
             skeleton(model).eval()(images.to("meta"))
-    except Exception:  # an arbitrary network may refuse in any way
+    except Exception as error:  # an arbitrary network may refuse in any way
+        LOGGER.debug("%s takes no images of %s: %s", type(model).__name__, list(images.shape), error)
         return False
     return True
 

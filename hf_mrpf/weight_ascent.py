@@ -41,8 +41,8 @@ class RobustLoss:
     prefixes: list[Prefix] = field(init=False)
 
     def __post_init__(self) -> None:
-        # Not channels last as in an attack: there oneDNN's gradient of the weights of a strided 1x1 convolution of fewer
-        # than 8 channels writes outside its memory (uxlfoundation/oneDNN issue 6035); that of images does not.
+        # Not channels last as in an attack: there oneDNN's gradient of the weights of a strided 1x1 convolution of few
+        # channels writes outside its memory (uxlfoundation/oneDNN issue 6035); that of images does not.
         self.prefixes = [Prefix(self.model, images) for _, images, _ in self.parts]
 
     @contextmanager

@@ -151,12 +151,9 @@ def refuse_unreachable(
         if rounds > 1:
             prune(trial, plan)
     if rounds > 1:
-        steps = " -> ".join(f"{fraction_after(args.target, number, rounds):.1%}" for number in range(1, rounds + 1))
-        say(
-            args,
-            f"[rounds] {rounds} rounds keep {steps} of the dense model's {metric}; each takes at most "
-            f"{args.max_ratio:.0%} of a unit; epochs of training between them: {round_args.recovery_epochs:g}",
-        )
+        steps = ",".join(f"{fraction_after(args.target, number, rounds):.4f}" for number in range(1, rounds + 1))
+        figures = {"rounds": rounds, metric: steps, "max_ratio": args.max_ratio}
+        say(args, stage_line("rounds", figures | {"recovery_epochs": round_args.recovery_epochs}))
 
 
 def control_stage(run: RunFolder, config, data: ImageData, model_args: ModelArguments, args: MRPFConfig):

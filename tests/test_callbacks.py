@@ -216,21 +216,21 @@ def as_data_set(images: torch.Tensor, labels: torch.Tensor) -> Dataset:
 
 @pytest.mark.slow
 def test_training_against_one_long_step_is_seen_to_overfit_catastrophically(tmp_path, caplog):
-    torch.manual_seed(0)
+    torch.manual_seed(2)
     net = nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Flatten(),
         nn.Linear(16 * 64, 128), nn.ReLU(), nn.Linear(128, 8),
     )  # fmt: skip
     images, labels = patterns(600, 1)
-    optimizer = torch.optim.Adam(net.parameters(), 2e-3)
-    for epoch in range(16):  # a network that is robust to begin with: eps grows to 0.2 in nine epochs
-        attack = AttackConfig(eps=0.2 * min(1.0, epoch / 8), num_steps=3)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+    for epoch in range(24):  # a network that is robust to begin with: eps grows to 0.18 in 13 epochs
+        attack = AttackConfig(eps=0.18 * min(1.0, epoch / 12), num_steps=3)
         for batch in torch.randperm(len(images)).split(32):
             adversarial = pgd_attack(net, images[batch], labels[batch], attack)
             optimizer.zero_grad()
             nn.functional.cross_entropy(net(adversarial), labels[batch]).backward()
             optimizer.step()
-    one_step = {"objective": "pgd", "eps": 0.2, "num_steps": 1, "step_size": 0.2, "random_start": False}
+    one_step = {"objective": "pgd", "eps": 0.18, "num_steps": 1, "step_size": 0.18, "random_start": False}
     schedule = {"optim": "adam", "learning_rate": 5e-3, "lr_scheduler_type": "constant_with_warmup", "max_steps": 160}
     often = {"eval_strategy": "steps", "eval_steps": 8, "warmup_steps": 40}
     args = settings(tmp_path, **one_step, **schedule, **often)
