@@ -74,16 +74,22 @@ def margin(first: Reading, second: Reading) -> float:
     return Z * math.sqrt(first.variance + second.variance)
 
 
-def has_fallen(best: Reading, now: Reading) -> bool:
-    """Whether validation accuracy lies below its best by more than the margin, and training accuracy above."""
+def is_lower(best: Reading, now: Reading) -> bool:
+    """Whether validation accuracy lies below its best by more than the margin."""
     # A network that only guesses has a robustness, and may lose it as it begins to learn.
     has_learnt = best.accuracy - best.guess > Z * math.sqrt(best.variance)
-    return has_learnt and best.accuracy - now.accuracy > margin(best, now) and now.train > best.train
+    return has_learnt and best.accuracy - now.accuracy > margin(best, now)
+
+
+def has_fallen(best: Reading, now: Reading) -> bool:
+    """Whether validation accuracy is lower than its best, and training accuracy higher."""
+    return is_lower(best, now) and now.train > best.train
 
 
 def has_collapsed(best: Reading, now: Reading) -> bool:
-    """Whether it has fallen, and to less than half."""
-    return has_fallen(best, now) and now.accuracy < COLLAPSE * best.accuracy
+    """Whether validation accuracy is less than half of its best, and training accuracy no lower."""
+    # No lower, not higher: a training attack that finds nothing any more may have found nothing at the best, either.
+    return is_lower(best, now) and now.accuracy < COLLAPSE * best.accuracy and now.train >= best.train
 
 
 class OverfittingWatch(TrainerCallback, ExportableState):
@@ -91,10 +97,11 @@ class OverfittingWatch(TrainerCallback, ExportableState):
     Notices robust and catastrophic overfitting at the evaluations of a training, and warns once of each.
 
     Both are seen as validation robust accuracy that falls below its best by more than sampling n images explains (2.576
-    standard errors of the difference), while accuracy on training images under the training attack has risen since. A
+    standard errors of the difference), while accuracy on training images under the training attack does not fall. A
     best that is no better than guessing does not count.
 
-    - *Robust overfitting* ([Rice et al.](https://huggingface.co/papers/2002.11569)): so at two evaluations in a row.
+    - *Robust overfitting* ([Rice et al.](https://huggingface.co/papers/2002.11569)): so at two evaluations in a row,
+      where accuracy on training images has risen since the best.
     - *Catastrophic overfitting* ([Wong et al.](https://huggingface.co/papers/2001.03994),
       [Andriushchenko and Flammarion](https://huggingface.co/papers/2007.02617)): less than half of the best is left.
       The word is used of PGD-20 alone: where `evaluate()` runs fewer steps, its collapse is confirmed by PGD-20 at its
@@ -196,7 +203,7 @@ def _measured(best: Reading, now: Reading, args: MRPFConfig) -> str:
         f"validation accuracy under {now.attack} is {now.accuracy:.1%} at epoch {now.epoch:.3g} (n = {now.images:,}), "
         f"after {best.accuracy:.1%} under {best.attack} at epoch {best.epoch:.3g} (n = {best.images:,}; noise stays "
         f"within {100 * margin(best, now):.1f} points), while training accuracy under the training attack ({steps}) "
-        f"rose from {best.train:.1%} to {now.train:.1%}"
+        f"went from {best.train:.1%} to {now.train:.1%}"
     )
 
 
