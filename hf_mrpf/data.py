@@ -131,7 +131,11 @@ def load_image_data(
     if name != DIGITS and Path(name).expanduser().is_dir():
         name = Path(name).expanduser().resolve().name
     origin = _choose_splits(splits, name, train_split)
-    source = {split: _joined(splits, split, name) for split in dict.fromkeys(origin.values())}
+    # Splits of one configuration have the same columns and classes: `load_dataset` sees to that.
+    source = {
+        split: splits[split] if split in splits else concatenate_datasets([splits[part] for part in split.split("+")])
+        for split in dict.fromkeys(origin.values())
+    }
 
     # Whatever can be refused cheaply is refused before any split is decoded.
     class_names: list[str] = []
@@ -252,15 +256,6 @@ def _choose_splits(source: DatasetDict, name: str, train: str) -> dict[str, str]
         (split for split in VALIDATION_SPLITS if split in source and split not in (test, *trained)), train
     )
     return {"train": train, "validation": validation, "test": test}
-
-
-def _joined(splits: DatasetDict, split: str, name: str) -> Dataset:
-    if split in splits:
-        return splits[split]
-    try:
-        return concatenate_datasets([splits[part] for part in split.split("+")])
-    except ValueError as error:
-        raise ValueError(f"Data set {name}: splits {split} cannot be joined: {_one_line(error)}.") from error
 
 
 def _choose_rows(
