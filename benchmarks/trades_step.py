@@ -31,11 +31,11 @@ TARGETS = {("narrow", "cpu"): 1.6, ("resnet18", "cpu"): 1.35, ("narrow", "cuda")
 HALF_TARGETS = {("narrow", "cpu"): 2.6, ("resnet18", "cpu"): 2.1, ("narrow", "cuda"): 3.0, ("resnet18", "cuda"): 3.0}
 
 
-def network(name: str) -> PrunedForImageClassification:
+def network(name: str, image_size: int = 32, num_labels: int = 10) -> PrunedForImageClassification:
     """ResNet-18 in its form for CIFAR, or the same with a block of 16, 32, 64 and 64 channels a stage."""
     narrow: dict[str, Any] = {"layers": (1, 1, 1, 1), "channels": (16, 32, 64, 64)} if name == "narrow" else {}
     return PrunedForImageClassification.from_backbone(
-        "timm/resnet18", num_labels=10, image_size=32, small_images=True, **narrow
+        "timm/resnet18", num_labels=num_labels, image_size=image_size, small_images=True, **narrow
     )
 
 

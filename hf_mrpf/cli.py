@@ -58,6 +58,9 @@ class DataArguments:
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Revision of the data set on the Hub."})
+    train_split: str = field(
+        default="train", metadata={"help": "Split to train on, or several, such as SVHN's train+extra."}
+    )
     image_column_name: str | None = field(default=None, metadata={"help": "Image column; found if not given."})
     label_column_name: str | None = field(default=None, metadata={"help": "Label column; found if not given."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Stratified subset of the training split."})
@@ -226,6 +229,7 @@ def load_data(arguments: DataArguments, image_size: int | None, seed: int) -> "I
     return load_image_data(
         arguments.dataset_name,
         arguments.dataset_config_name,
+        train_split=arguments.train_split,
         image_column_name=arguments.image_column_name,
         label_column_name=arguments.label_column_name,
         image_size=image_size,

@@ -92,8 +92,9 @@ class MRPFConfig(TrainingArguments):
             Clean training images BatchNorm statistics are measured on again after pruning; 0 leaves them.
         crop_padding (`int`, *optional*):
             Zero padding of the random crop in training; an eighth of the image where it is not given, 0 for no crops.
-        horizontal_flip (`bool`, *optional*, defaults to `True`):
-            Whether training images are flipped at random.
+        horizontal_flip (`bool`, *optional*):
+            Whether training images are flipped at random. By default they are, except where the class names are the
+            ten digits.
 
     The defaults of these `TrainingArguments` differ: `optim` (`"sgd"` with Nesterov momentum 0.9; `"adam"` is
     `torch.optim.Adam`), `learning_rate` (0.05 for SGD, 1e-3 for the Adam family), `weight_decay` (5e-4), cosine
@@ -153,7 +154,10 @@ class MRPFConfig(TrainingArguments):
     crop_padding: int | None = field(
         default=None, metadata={"help": "Padding of random crops; an eighth of the image if not given, 0 for none."}
     )
-    horizontal_flip: bool = field(default=True, metadata={"help": "Flip training images at random."})
+    horizontal_flip: bool | None = field(
+        default=None,
+        metadata={"help": "Flip training images at random, or not (false); if not given, all but digits are."},
+    )
 
     optim: str = field(default="sgd", metadata={"help": "Optimizer: sgd, adam, or any name transformers knows."})
     optim_args: str | None = field(

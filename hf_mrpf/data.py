@@ -7,22 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from PIL import Image as PillowImage
 from torch import Tensor
-from torch.nn import functional as F
 
-from .pixels import (
-    as_pixel_dataset,
-    batches,
-    checked_labels,
-    collate_pixels,
-    find_columns,
-    first_shape,
-    pack,
-    with_index,
-)
+from .augmentation import augment, mirror_keeps_class
+from .loader import batches, collate_pixels, with_index
+from .pixels import as_pixel_dataset, checked_labels, find_columns, first_shape, pack
 
 __all__ = [
     "ImageData",
@@ -61,7 +53,7 @@ class ImageData:
         name (`str`):
             Hub id, name of the local folder (never its path), or `"digits"`.
         flip (`bool`):
-            Whether a mirrored image keeps its class: False where the class names are the ten digits.
+            Whether a mirrored image keeps its class, see [`mirror_keeps_class`]: not where the classes are the digits.
         description (`dict`):
             What was read, fit for JSON: configuration, revision, splits, columns, sizes, limits, seed.
     """
@@ -82,6 +74,7 @@ def load_image_data(
     dataset_name: str | None = None,
     dataset_config_name: str | None = None,
     *,
+    train_split: str = "train",
     image_column_name: str | None = None,
     label_column_name: str | None = None,
     image_size: int | None = None,
@@ -95,17 +88,19 @@ def load_image_data(
     """
     Loads a data set and cuts it into train, validation and test.
 
-    A `train` split is needed; the test split is the first found of `test`, `valid`, `validation` and `val`; a data set
+    The test split is the first found of `test`, `valid`, `validation` and `val`; a data set
     that has both a test and a validation split uses its own validation. From any other, 1,000 training images or a
     tenth of them, whichever is less, become the validation, stratified by class. They are cut before
     `max_train_samples` applies, so that the limit never changes what validates. Other splits (SVHN's `extra`) are
-    left out.
+    left out unless `train_split` names them.
 
     Args:
         dataset_name (`str`, *optional*):
             Hub id, or a folder that `datasets.load_dataset` reads. None and `"digits"` are [`digits_dataset`].
         dataset_config_name (`str`, *optional*):
             Configuration of the data set, such as SVHN's `"cropped_digits"`.
+        train_split (`str`, *optional*, defaults to `"train"`):
+            Split to train on, or several joined by a plus sign, such as SVHN's `"train+extra"`.
         image_column_name, label_column_name (`str`, *optional*):
             Columns to read. By default the one image column, and the class label column with most classes
             (`fine_label` of CIFAR-100) or else an integer column called `labels` or `label`.
@@ -132,35 +127,42 @@ def load_image_data(
         if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
             raise ValueError(f"{argument} is {count!r}; a whole number of 1 or more is needed.")
     name = DIGITS if dataset_name is None else dataset_name
-    source = _load_splits(name, dataset_config_name, cache_dir=cache_dir, revision=revision, token=token)
+    splits = _load_splits(name, dataset_config_name, cache_dir=cache_dir, revision=revision, token=token)
     if name != DIGITS and Path(name).expanduser().is_dir():
         name = Path(name).expanduser().resolve().name
-    origin = _choose_splits(source, name)
+    origin = _choose_splits(splits, name, train_split)
+    # Splits of one configuration have the same columns and classes: `load_dataset` sees to that.
+    source = {
+        split: splits[split] if split in splits else concatenate_datasets([splits[part] for part in split.split("+")])
+        for split in dict.fromkeys(origin.values())
+    }
 
     # Whatever can be refused cheaply is refused before any split is decoded.
     class_names: list[str] = []
     labels, shapes = {}, {}
     columns = (image_column_name, label_column_name)
-    for split in dict.fromkeys(origin.values()):
+    for split in source:
         try:
             columns = image_column, label_column = find_columns(source[split], *columns)
             labels[split], class_names = checked_labels(source[split], label_column, class_names or None)
             shapes[split] = first_shape(source[split], image_column, image_size)
         except ValueError as error:
             raise ValueError(f"Data set {name}, split {split}: {error}") from error
-    size = shapes["train"][0]
+    size = shapes[train_split][0]
     if set(shapes.values()) != {(size, size)}:
         found = ", ".join(f"{height}x{width} in {split}" for split, (height, width) in shapes.items())
         raise ValueError(f"Data set {name}: images must be square and of one size, found {found}; give image_size.")
 
-    parts = {}
-    for part, rows in _choose_rows(origin, labels, max_train_samples, max_eval_samples, seed).items():
+    parts: dict[str, Dataset] = {}
+    chosen = _choose_rows(origin, labels, max_train_samples, max_eval_samples, seed)
+    for split, dataset in source.items():
+        rows = {part: chosen[part] for part in chosen if origin[part] == split}
         try:
-            parts[part] = _pixels_of_rows(source[origin[part]], rows, columns, (size, size), class_names, image_size)
+            parts |= _decoded(dataset, rows, columns, (size, size), class_names, image_size)
         except ValueError as error:
-            raise ValueError(f"Data set {name}, split {origin[part]}: {error}") from error
+            raise ValueError(f"Data set {name}, split {split}: {error}") from error
     mean, std = _pixel_statistics(parts["train"])
-    names = getattr(source["train"].features[label_column], "names", None)
+    names = getattr(source[train_split].features[label_column], "names", None)
     description = {
         "dataset_name": name,
         "dataset_config_name": dataset_config_name,
@@ -173,7 +175,6 @@ def load_image_data(
         "image_size": size,
         "seed": seed,
     }
-    flip = names is None or set(names) != set("0123456789")
     return ImageData(
         **parts,
         class_names=class_names,
@@ -181,7 +182,7 @@ def load_image_data(
         image_mean=mean,
         image_std=std,
         name=name,
-        flip=flip,
+        flip=mirror_keeps_class(names),
         description=description,
     )
 
@@ -238,17 +239,23 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()).rstrip(".!")
 
 
-def _choose_splits(source: DatasetDict, name: str) -> dict[str, str]:
+def _choose_splits(source: DatasetDict, name: str, train: str) -> dict[str, str]:
     """The source split of each part."""
-    if "train" not in source:
-        raise ValueError(f"Data set {name} has no split train; it has {', '.join(source)}.")
-    test = next((split for split in TEST_SPLITS if split in source), None)
+    trained = train.split("+")
+    for split in trained:
+        if split not in source:
+            raise ValueError(f"Data set {name} has no split {split}; it has {', '.join(source)}.")
+    if len(set(trained)) < len(trained):
+        raise ValueError(f"train_split is {train!r}, which names a split twice.")
+    test = next((split for split in TEST_SPLITS if split in source and split not in trained), None)
     if test is None:
         raise ValueError(
             f"Data set {name} has no test split (one called {', '.join(TEST_SPLITS)}); it has {', '.join(source)}."
         )
-    validation = next((split for split in VALIDATION_SPLITS if split in source and split != test), "train")
-    return {"train": "train", "validation": validation, "test": test}
+    validation = next(
+        (split for split in VALIDATION_SPLITS if split in source and split not in (test, *trained)), train
+    )
+    return {"train": train, "validation": validation, "test": test}
 
 
 def _choose_rows(
@@ -261,21 +268,26 @@ def _choose_rows(
         limit = limits[part]
         everything = limit is None or limit >= len(labels[split])
         chosen[part] = None if everything else stratified_order(labels[split], seed)[:limit]
-    if origin["validation"] == "train":
-        total = len(labels["train"])
+    if origin["validation"] == origin["train"]:
+        total = len(labels[origin["train"]])
         cut = min(1000, total // 10)
         if not cut:
             raise ValueError(f"{total} training images are too few: validation takes a tenth of them, 10 are needed.")
-        order = stratified_order(labels["train"], seed)
+        order = stratified_order(labels[origin["train"]], seed)
         chosen["validation"], chosen["train"] = order[:cut][:max_eval], order[cut:][:max_train]
     return chosen
 
 
-def _pixels_of_rows(dataset: Dataset, rows: np.ndarray | None, *settings: Any) -> Dataset:
-    """A small part is decoded alone; a large one comes from the whole split, which every seed finds in the cache."""
-    if rows is None or 2 * len(rows) < len(dataset):
-        return pack(dataset, rows, *settings)
-    return pack(dataset, None, *settings).select(rows)
+def _decoded(dataset: Dataset, parts: Mapping[str, np.ndarray | None], *settings: Any) -> dict[str, Dataset]:
+    """
+    The parts of a split, no image decoded twice: a few are decoded alone, more come from the whole split, which every
+    seed finds in the cache.
+    """
+    chosen = [rows for rows in parts.values() if rows is not None]
+    if len(chosen) == len(parts) and 2 * sum(map(len, chosen)) < len(dataset):
+        return {part: pack(dataset, rows, *settings) for part, rows in parts.items()}
+    whole = pack(dataset, None, *settings)
+    return {part: whole if rows is None else whole.select(rows) for part, rows in parts.items()}
 
 
 def _pixel_statistics(dataset: Dataset) -> tuple[list[float], list[float]]:
@@ -345,35 +357,3 @@ def calibration_batches(dataset: Dataset, sets: int = 3, size: int = 128, seed: 
         )
     order = stratified_order(dataset["labels"][:], seed)
     return list(batches(dataset, size, order[: sets * size]))
-
-
-# ---- Augmentation ---------------------------------------------------------------------------------------------------
-
-
-def augment(images: Tensor, *, padding: int | None = None, flip: bool = True) -> Tensor:
-    """
-    Crops every image of a batch at random out of its zero-padded self, and mirrors it with probability 1/2.
-
-    Draws from the global generator of the images' device: first the vertical and horizontal offsets, then the coins.
-
-    Args:
-        images (`torch.Tensor`):
-            Batch `[N, C, H, W]`.
-        padding (`int`, *optional*):
-            Zeros added on each side. An eighth of the height by default (4 at 32x32); 0 leaves the crop out.
-        flip (`bool`, *optional*, defaults to `True`):
-            Whether to mirror, left and right. Not for classes that a mirror changes, such as digits.
-
-    Returns:
-        `torch.Tensor`: a batch of the same shape.
-    """
-    count, _, height, width = images.shape
-    padding = height // 8 if padding is None else padding
-    if padding:
-        down, right = torch.randint(2 * padding + 1, (2, count), device=images.device)
-        windows = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)
-        images = windows[torch.arange(count, device=images.device), :, down, right]
-    if flip:
-        coins = torch.rand(count, device=images.device) < 0.5
-        images = torch.where(coins.view(-1, 1, 1, 1), images.flip(3), images)
-    return images

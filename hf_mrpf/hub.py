@@ -28,7 +28,7 @@ RECORD = ("pruning_plan.json", "robustness_report.json", "mrs.png", "README.md")
 # fmt: off
 SETTINGS = (
     "objective", "beta", "norm", "eps", "num_steps", "optim", "learning_rate", "weight_decay", "lr_scheduler_type",
-    "per_device_train_batch_size", "num_train_epochs",
+    "per_device_train_batch_size", "num_train_epochs", "crop_padding", "horizontal_flip",
 )
 # fmt: on
 # Stands in the load snippet of a card that was rendered before anybody knew the id.
@@ -256,7 +256,7 @@ def write_record(
         "rounds": round_rows(plans) if len(plans) > 1 else [],
         "pruning_steps": pruning_steps,
         "selection": selection,
-        "training": {name: str(settings[name]) for name in SETTINGS if name in settings},
+        "training": {name: str(settings[name]) for name in SETTINGS if settings.get(name) is not None},
         "figure": "mrs.png" if (folder / "mrs.png").is_file() else None,
         "versions": package_versions(),
         "seed": settings.get("seed"),

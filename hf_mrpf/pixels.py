@@ -1,14 +1,13 @@
-"""Pixel data sets: images decoded once, as bytes in the cache of `datasets`, and handed out as batches in [0, 1]."""
+"""Pixel data sets: images decoded once, as bytes in the memory-mapped cache of `datasets`."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PillowImage
-from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +43,7 @@ def as_pixel_dataset(
             channel (the row is named), images are of several sizes, or `pixel_values` have another shape or range.
     """
     if "pixel_values" in dataset.column_names and dataset.features["pixel_values"] == Value("binary"):
-        dataset = dataset.with_transform(_unpack)
+        dataset = dataset.with_transform(unpack)
         if image_size is not None and len(dataset):
             decoded = list(dataset[0]["pixel_values"].shape)
             if decoded != [3, image_size, image_size]:
@@ -52,7 +51,7 @@ def as_pixel_dataset(
                     f"pixels were decoded to {decoded}; for {image_size} pixels give the images themselves."
                 )
         return dataset
-    if dataset.format["format_kwargs"].get("transform") not in (None, _unpack):
+    if dataset.format["format_kwargs"].get("transform") not in (None, unpack):
         raise ValueError(
             "The data set has a transform set, whose result cannot be cached: hand over the data set without it "
             "(dataset.with_format(None)); images are resized by image_size and augmented during training."
@@ -168,7 +167,7 @@ def pack(
         features=Features({"pixel_values": Value("binary"), "labels": ClassLabel(names=class_names)}),
         desc="Decoding images",
     )
-    return packed.with_transform(_unpack)
+    return packed.with_transform(unpack)
 
 
 def _pack_images(
@@ -220,7 +219,8 @@ def _pack_arrays(
     return {"pixel_values": [header + image.tobytes() for image in pixels], "labels": batch[columns[1]]}
 
 
-def _unpack(batch: Mapping[str, Any]) -> dict[str, Any]:
+def unpack(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The format of a pixel data set: what [`pack`] wrote, as tensors `[N, 3, H, W]`."""
     # Arrow hands bytes out seven times as fast as nested lists or Array3D, which are rebuilt row by row.
     unpacked = dict(batch)
     packed = unpacked.get("pixel_values")
@@ -233,47 +233,3 @@ def _unpack(batch: Mapping[str, Any]) -> dict[str, Any]:
         pixels = torch.tensor(packed)
         unpacked["pixel_values"] = pixels if pixels.is_floating_point() else pixels.to(torch.uint8)
     return unpacked
-
-
-# ---- Batches --------------------------------------------------------------------------------------------------------
-
-
-def with_index(dataset: Dataset) -> Dataset:
-    """The pixel data set with a column `index`: 0 to the number of rows - 1."""
-    # `add_column` rewrites a selection as it is formatted; without the format it copies the bytes.
-    return dataset.with_format(None).add_column("index", np.arange(len(dataset))).with_transform(_unpack)
-
-
-def collate_pixels(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """
-    Collates rows of a pixel data set.
-
-    Returns:
-        `dict`: `pixel_values` (float32 `[N, 3, H, W]` in [0, 1]), `labels` (int64 `[N]`), and `index` (int64 `[N]`)
-        where the rows have it.
-    """
-    values = [example["pixel_values"] for example in examples]
-    # A data set may lose its format, as to `concatenate_datasets`; the bytes know their shape.
-    pixels = _unpack({"pixel_values": values})["pixel_values"] if isinstance(values[0], bytes) else torch.stack(values)
-    collated = {"pixel_values": _as_float(pixels)}
-    for column in ("labels", "index"):
-        if column in examples[0]:
-            collated[column] = torch.tensor([int(example[column]) for example in examples])
-    return collated
-
-
-def batches(
-    dataset: Dataset, batch_size: int, indices: Sequence[int] | np.ndarray | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """
-    Yields `(images, labels)` of a pixel data set in order: float32 `[n, 3, H, W]` in [0, 1] and int64 `[n]`, `n` being
-    `batch_size` except perhaps in the last batch. With `indices`, of these rows alone, in their order.
-    """
-    for start in range(0, len(dataset) if indices is None else len(indices), batch_size):
-        stop = start + batch_size
-        batch = dataset[start:stop] if indices is None else dataset[indices[start:stop]]
-        yield _as_float(batch["pixel_values"]), torch.tensor(batch["labels"])
-
-
-def _as_float(pixels: Tensor) -> Tensor:
-    return pixels.float() if pixels.is_floating_point() else pixels.float().div_(255)

@@ -27,11 +27,14 @@ class PublishingTrainer(Trainer):
             The plans that were applied, in order.
         pruning_report (`dict`):
             What each step of pruning did to the accuracy on the validation split.
+        horizontal_flip (`bool`):
+            Whether training mirrors images.
     """
 
     args: MRPFConfig
     plans: list[PruningPlan]
     pruning_report: dict[str, dict[str, Any]]
+    horizontal_flip: bool
 
     def best_and_last(self) -> dict[str, dict[str, float]]:
         """
@@ -147,7 +150,7 @@ class PublishingTrainer(Trainer):
             plans=self.plans,
             report=report,
             split=split,
-            settings=self.args.to_dict(),
+            settings=self.args.to_dict() | {"horizontal_flip": self.horizontal_flip},
             pruning_steps=self.pruning_report,
             selection=self.best_and_last(),
         )

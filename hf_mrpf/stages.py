@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PrinterCallback, ProgressCallback
 from transformers.integrations import TensorBoardCallback
 
+from .augmentation import crop_padding_of
 from .checkpoints import check_complete, newest_complete, written_by
 from .cli import ModelArguments, own_config, starts_fresh
 from .config import MRPFConfig
@@ -35,6 +36,18 @@ def make_trainer(model, data: ImageData, args: MRPFConfig) -> MRPFTrainer:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = str(Path(str(args.output_dir)).parent / "logs")
     return trainer
+
+
+def settle_augmentation(data: ImageData, args: MRPFConfig) -> None:
+    """Puts into `args` what was left to the data: padding of the crops, mirroring; and says so in one line."""
+    if args.crop_padding is None:
+        args.crop_padding = crop_padding_of(data.image_size)
+    if args.horizontal_flip is None:
+        args.horizontal_flip = data.flip
+    images = {part: split["num_images"] for part, split in data.description["splits"].items()}
+    figures = {"name": data.name, "classes": len(data.class_names), "image_size": data.image_size, **images}
+    augmentation = {"crop_padding": args.crop_padding, "horizontal_flip": args.horizontal_flip}
+    say(args, stage_line("data", figures | augmentation))
 
 
 def stage_arguments(run: RunFolder, stage: str, args: MRPFConfig, **changes) -> MRPFConfig:

@@ -14,23 +14,18 @@ from torch import nn
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
 
 from .attacks import eval_mode, logits_of
+from .augmentation import augment, mirror_keeps_class
 from .batchnorm import average_statistics, recalibrate_batchnorm
 from .callbacks import SeedEachRank
 from .checkpoints import best_beside, check_complete, discard, mark_complete, newest_complete, rotate
 from .config import MRPFConfig
-from .data import (
-    as_pixel_dataset,
-    augment,
-    batches,
-    calibration_batches,
-    collate_pixels,
-    stratified_subset,
-    with_index,
-)
+from .data import calibration_batches, stratified_subset
 from .efficiency import count_macs, count_parameters
 from .faults import is_out_of_memory, out_of_memory
+from .loader import PixelRows, as_float, batches, collate_pixels, with_index
 from .measuring import MeasuringTrainer
 from .objectives import Objective, get_objective
+from .pixels import as_pixel_dataset
 from .plan import PruningPlan, removed_fraction
 from .processes import Processes, check_same_model
 from .progress import shows_progress
@@ -72,6 +67,10 @@ class MRPFTrainer(MeasuringTrainer):
         compute_metrics (`Callable`, *optional*):
             Further metrics, of the clean logits, as in [`~transformers.Trainer`].
 
+    Attributes:
+        horizontal_flip (`bool`):
+            Whether training mirrors images: what `args` say, or else what the class names say (digits are not).
+
     Raises:
         ValueError: where weights are not finite, or a label lies outside the model's classes.
     """
@@ -98,9 +97,15 @@ class MRPFTrainer(MeasuringTrainer):
         self._resumed_from: Path | None = None
         self.pruning_report: dict[str, dict[str, Any]] = {}
         self.repair_report: RepairReport | None = None
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {name: self._indexed(split) for name, split in eval_dataset.items()}
-        train_dataset = self._pixels(train_dataset)
+        with args.main_process_first(desc="decoding of images"):  # the others find them in the cache
+            if isinstance(eval_dataset, dict):
+                eval_dataset = {name: self._indexed(split) for name, split in eval_dataset.items()}
+            else:
+                eval_dataset = self._indexed(eval_dataset)
+            train_dataset = self._pixels(train_dataset)
+        labels = train_dataset.features["labels"] if isinstance(train_dataset, Dataset) else None
+        keeps_class = mirror_keeps_class(getattr(labels, "names", None))
+        self.horizontal_flip = keeps_class if args.horizontal_flip is None else args.horizontal_flip
         if self._num_labels is None and isinstance(train_dataset, Dataset):
             _check_classes(model, train_dataset)
         super().__init__(
@@ -108,7 +113,7 @@ class MRPFTrainer(MeasuringTrainer):
             args=args,
             data_collator=kwargs.pop("data_collator", collate_pixels),
             train_dataset=train_dataset,
-            eval_dataset=self._indexed(eval_dataset),
+            eval_dataset=eval_dataset,
             compute_metrics=compute_metrics,
             **kwargs,
         )
@@ -137,6 +142,18 @@ class MRPFTrainer(MeasuringTrainer):
         if not isinstance(dataset, Dataset) or "index" in dataset.column_names:
             return dataset
         return with_index(self._pixels(dataset))
+
+    def _get_dataloader(self, dataset, *args, **kwargs):
+        # A collator of the user's expects rows.
+        if isinstance(dataset, Dataset) and self.data_collator is collate_pixels:
+            dataset = PixelRows(dataset)
+        return super()._get_dataloader(dataset, *args, **kwargs)
+
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        if (pixels := inputs.get("pixel_values")) is not None and not pixels.is_floating_point():
+            inputs = {**inputs, "pixel_values": as_float(pixels)}  # bytes have crossed to the device
+        return inputs
 
     def get_eval_dataloader(self, eval_dataset=None):
         """As in `Trainer`, with raw image columns decoded."""
@@ -332,7 +349,7 @@ class MRPFTrainer(MeasuringTrainer):
         """The objective on one batch: images augmented as a tensor, attack on the unwrapped model."""
         images, labels = inputs["pixel_values"], inputs["labels"]
         if model.training:
-            images = augment(images, padding=self.args.crop_padding, flip=self.args.horizontal_flip)
+            images = augment(images, padding=self.args.crop_padding, flip=self.horizontal_flip)
         output = self.objective(
             model,
             images,

@@ -57,7 +57,8 @@ def main() -> None:
         raise ValueError(f"--output {arguments.output}: there is no such folder to write to.")
     model = PrunedForImageClassification.from_pretrained(arguments.model, revision=arguments.revision)
     attack = own_attack(arguments)
-    data = load_data(data_args, model.config.image_size, arguments.seed)
+    with state.local_main_process_first():  # decodes the images, which the others find in the cache
+        data = load_data(data_args, model.config.image_size, arguments.seed)
     check_classes(model, data, arguments)
     report = evaluate_robustness(
         model.to(device),

@@ -73,6 +73,7 @@ from hf_mrpf.stages import (
     finished_model,
     make_trainer,
     run_folder,
+    settle_augmentation,
     stage_arguments,
     tell,
     train,
@@ -100,8 +101,9 @@ def main() -> None:
     if find_spec("matplotlib") is None:
         raise ImportError("The picture of the pruning plan needs matplotlib: pip install hf-mrpf[plots].")
     start = own_config(model_args.model_name_or_path, model_args.model_revision)
-    data = load_data(data_args, model_args.image_size or (start and start.image_size), args.seed)
-    args.horizontal_flip = args.horizontal_flip and data.flip
+    with args.main_process_first(desc="decoding of images"):  # the others find them in the cache
+        data = load_data(data_args, model_args.image_size or (start and start.image_size), args.seed)
+    settle_augmentation(data, args)
     torch.manual_seed(args.seed)
     model = build_model(model_args, data).to(args.device)
     first_stage, _ = stage_names(round_args.pruning_rounds)[0]
@@ -327,7 +329,7 @@ def round_figures(pruned: dict, after: dict, args: MRPFConfig) -> dict[str, dict
 def card_info(model, plans, reports, rows, stages, data: ImageData, args: MRPFConfig) -> CardInfo:
     """Everything the model card of the result says."""
     names = ("objective", "beta", "norm", "eps", "num_steps", "optim", "learning_rate", "weight_decay")
-    names += ("lr_scheduler_type", "per_device_train_batch_size")
+    names += ("lr_scheduler_type", "per_device_train_batch_size", "crop_padding", "horizontal_flip")
     settings = {name: str(getattr(value := getattr(args, name), "value", value)) for name in names}
     settings |= {f"epochs of the {stage} model": stages[stage]["epochs"] for stage in ("dense", "fine-tuned")}
     settings |= {

@@ -54,7 +54,7 @@ from hf_mrpf.progress import shows_progress
 from hf_mrpf.results import results_table
 from hf_mrpf.run_folder import RunFolder, write_json
 from hf_mrpf.stage_lines import evaluation_figures
-from hf_mrpf.stages import check_forced_place, dense_stage, run_folder, tell
+from hf_mrpf.stages import check_forced_place, dense_stage, run_folder, settle_augmentation, tell
 
 ATTACKS = ("clean", "fgsm", "pgd20", "cw")
 NOTE = (
@@ -77,8 +77,9 @@ def main() -> None:
     check_forced_place(run, args)
     check_repository_id(args)
     start = own_config(model_args.model_name_or_path, model_args.model_revision)
-    data = load_data(data_args, model_args.image_size or (start and start.image_size), args.seed)
-    args.horizontal_flip = args.horizontal_flip and data.flip
+    with args.main_process_first(desc="decoding of images"):  # the others find them in the cache
+        data = load_data(data_args, model_args.image_size or (start and start.image_size), args.seed)
+    settle_augmentation(data, args)
     torch.manual_seed(args.seed)
     model = build_model(model_args, data).to(args.device)
     if args.push_to_hub:

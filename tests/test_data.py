@@ -1,8 +1,5 @@
 """Loading, decoding, choosing and augmenting images."""
 
-import logging
-import struct
-import time
 from pathlib import Path
 
 import numpy as np
@@ -115,75 +112,6 @@ def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
         load_image_data()
 
 
-# ---- Real data sets -------------------------------------------------------------------------------------------------
-
-
-def test_cifar10_folder(test_data, load, tmp_path):
-    data = load(str(test_data / "cifar10"), max_train_samples=500, max_eval_samples=100)
-    assert [len(part) for part in (data.train, data.validation, data.test)] == [500, 100, 100]
-    assert all(set(np.bincount(part["labels"][:])) == {len(part) // 10} for part in (data.train, data.test))
-    assert (data.image_size, data.name, data.flip) == (32, "cifar10", True)
-    assert data.class_names[:2] == ["airplane", "automobile"]
-    assert str(test_data) not in str(data.description)
-    source = load_dataset(str(test_data / "cifar10"), cache_dir=str(tmp_path / "cache"))["test"]
-    row = stratified_order(source["label"][:], 0)[7]
-    expected = torch.from_numpy(np.array(source[int(row)]["img"])).permute(2, 0, 1)
-    assert torch.equal(data.test[7]["pixel_values"], expected)
-    assert data.test[7]["labels"] == source[int(row)]["label"]
-
-
-def test_cifar100_sample_takes_the_finest_labels(test_data, load, caplog):
-    with caplog.at_level(logging.WARNING):
-        data = load(str(test_data / "cifar100-sample"), max_train_samples=100, max_eval_samples=50)
-    assert len(data.class_names) == 100
-    assert data.description["label_column"] == "fine_label"
-    assert caplog.messages == ["Labels: fine_label (100 classes), not coarse_label (20); name the column to change it."]
-    coarse = load(str(test_data / "cifar100-sample"), label_column_name="coarse_label", max_train_samples=100)
-    assert (len(coarse.class_names), len(coarse.validation), len(coarse.test)) == (20, 111, 916)
-
-
-def test_tiny_imagenet_sample_tests_on_its_validation_split(test_data, load):
-    data = load(str(test_data / "tiny-imagenet-sample"), image_size=32, max_train_samples=404, max_eval_samples=202)
-    assert data.description["splits"] == {
-        "train": {"from": "train", "num_images": 404},
-        "validation": {"from": "train", "num_images": 202},
-        "test": {"from": "validation", "num_images": 202},
-    }
-    assert data.image_size == 32
-    assert data.train[0]["pixel_values"].shape == (3, 32, 32)
-    assert np.bincount(data.test["labels"][:]).tolist() == [1] * 202
-
-
-SVHN = """---
-configs:
-- config_name: cropped_digits
-  data_files:
-  - {split: train, path: data/train-*}
-  - {split: test, path: data/test-*}
-  - {split: extra, path: data/extra-*}
-- config_name: full_numbers
-  data_files:
-  - {split: train, path: data/train-*}
----
-"""
-
-
-def test_svhn_schema_with_its_configuration(tmp_path, load):
-    def svhn(count, seed):
-        labels = np.random.default_rng(seed).integers(0, 10, count).tolist()
-        return image_dataset(random_images(count, 32, seed), labels, DIGIT_NAMES)
-
-    folder = save(tmp_path / "svhn", SVHN, train=svhn(120, 0), test=svhn(40, 1), extra=svhn(30, 2))
-    data = load(folder, "cropped_digits")
-    assert [len(part) for part in (data.train, data.validation, data.test)] == [108, 12, 40]
-    assert data.description["dataset_config_name"] == "cropped_digits"
-    assert not data.flip, "a mirrored digit is another sign"
-    with pytest.raises(ValueError, match=r"cannot be loaded: Config name is missing.*cropped_digits"):
-        load(folder)
-    with pytest.raises(ValueError, match=r"svhn has no test split .*; it has train\."):
-        load(folder, "full_numbers")
-
-
 # ---- Splits and limits ----------------------------------------------------------------------------------------------
 
 
@@ -212,13 +140,6 @@ def test_own_validation_is_used_where_there_is_a_test_split_too(tmp_path, load):
         "test": "test",
     }
     assert [len(part) for part in (data.train, data.validation, data.test)] == [9, 9, 6]
-
-
-def test_a_split_called_valid_is_the_test_split(tmp_path, load):
-    readme = "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: train, path: data/train-*}\n"
-    readme += "  - {split: valid, path: data/valid-*}\n---\n"
-    folder = save(tmp_path / "set", readme, train=animals(30), valid=animals(6, seed=1))
-    assert load(folder).description["splits"]["test"] == {"from": "valid", "num_images": 6}
 
 
 def test_integer_labels_are_taken_from_a_column_called_label(tmp_path, load):
@@ -465,21 +386,6 @@ def test_batches_follow_the_indices():
     assert torch.cat([labels for _, labels in found]).tolist() == [0, 1, 0, 0, 2]
     assert [len(labels) for _, labels in batches(pixels, 4)] == [4, 4, 2]
     assert 0 <= everything.min() < 0.1 < 0.9 < everything.max() <= 1
-
-
-def test_loading_is_fast(tmp_path):
-    values = np.random.default_rng(0).integers(0, 256, (2048, 3, 32, 32), dtype=np.uint8)
-    header = struct.pack("<4H", 1, 3, 32, 32)
-    features = Features({"pixel_values": Value("binary"), "labels": ClassLabel(names=ANIMALS)})
-    columns = {"pixel_values": [header + image.tobytes() for image in values], "labels": [0] * len(values)}
-    pixels = as_pixel_dataset(Dataset.from_dict(columns, features=features))
-    loader = DataLoader(pixels, batch_size=128, shuffle=True, collate_fn=collate_pixels)
-    rates = []
-    for _ in range(3):
-        start = time.process_time()
-        assert sum(len(batch["labels"]) for batch in loader) == 2048
-        rates.append(2048 / (time.process_time() - start))
-    assert max(rates) > 20_000, f"{max(rates):.0f} images a second; nested lists give 2,000, Array3D 12,000"
 
 
 def test_trainer_reads_pixel_data_sets(tmp_path):

@@ -32,6 +32,8 @@ FLOORS = {
     "batchnorm": 0.2,
     "weight_ascent": 1,
     "pixels": 0,
+    "loader": 0.1,
+    "augmentation": 0,
     "layers": 0.1,
     "attention": 0.2,
     "surgery": 0.2,

@@ -79,7 +79,7 @@ def test_the_first_line_a_line_a_stage_and_the_table(finished):
     lines = result.stdout.splitlines()
     assert lines[0] == "world size 1, device cpu, dtype float32, seed 42"
     stages = [line.split("]")[0][1:] for line in lines if line.startswith("[")]
-    assert list(dict.fromkeys(stages)) == ["dense", "control", "pruned", "fine-tuned", "evaluation"]
+    assert list(dict.fromkeys(stages)) == ["data", "dense", "control", "pruned", "fine-tuned", "evaluation"]
     table = [line for line in lines if line.startswith(("model ", "dense ", "pruned ", "fine-tuned "))]
     assert [line.split()[0] for line in table] == ["model", "dense", "pruned", "fine-tuned"]
     for heading in ("clean", "PGD-20", "parameters", "MACs", "ms, batch 1", "ms, batch 64", "file"):
@@ -116,6 +116,8 @@ def test_the_report_the_table_and_the_card_say_the_same(finished):
     assert final.attacks["pgd20"] in values.values()
     assert str(folder.parent) not in card.content
     assert "accelerate launch" in card.content
+    assert "| horizontal_flip | False |" in card.content, "digits are not mirrored, and the card says so"
+    assert "| crop_padding | 1 |" in card.content
 
 
 def test_the_result_loads_as_it_was_saved(finished):
