@@ -59,12 +59,15 @@ def fab_attack(model: nn.Module, images: Tensor, labels: Tensor, attack: AttackC
                 gap = (logits.gather(1, targets[:, None]) - logits.gather(1, labels[:, None])).squeeze(1)
                 (gradient,) = torch.autograd.grad(gap.sum(), leaf)
             points = _next(points, origins, gap.detach(), gradient.flatten(1), attack.norm)
-            wrong = surely_wrong(logits_of(model(points.view(-1, *shape).contiguous(memory_format=layout))), labels)
+            logits = logits_of(model(points.view(-1, *shape).contiguous(memory_format=layout)))
+            wrong = logits.argmax(1) != labels
             near = wrong & (LENGTHS[attack.norm](points - origins) <= attack.eps)
             if near.any():
                 found[place[near]] = points[near].view(-1, *shape)
+                # FAB lands close to the boundary: what is wrong by rounding alone is kept, but goes on.
+                left = ~(near & surely_wrong(logits, labels))
                 points, origins, labels, targets, place, wrong = (
-                    rows[~near] for rows in (points, origins, labels, targets, place, wrong)
+                    rows[left] for rows in (points, origins, labels, targets, place, wrong)
                 )
                 if not len(place):
                     break
