@@ -56,6 +56,7 @@ FLOORS = {
     "indexed_images": 1.5,
     "verdicts": 1.6,
     "evaluation": 2,
+    "sanity": 2.5,
     "pruning": 3,
     "repair": 3,
     "model_card": 3,
