@@ -167,9 +167,12 @@ def test_few_classes_are_attacked_to_the_known_verdicts(classes):
     eps = held.sort().values[19:21].mean().item()
     expected = held > eps
     assert expected.sum() == 20 and eps < 0.2
-    for name in ("apgd_ce", "apgd_t", "fab_t"):
+    clear = (held / eps - 1).abs() > 0.02  # FAB ends a little beyond the boundary
+    assert clear.sum() > 30
+    # With three classes the steepest cross-entropy may lead to the wrong one of the other two.
+    for name in ("apgd_t", "fab_t", *(["apgd_ce"] if classes == 2 else [])):
         found = evaluate_robustness(net, (images, labels), (name,), AttackConfig(eps=eps)).verdicts[name]
-        assert found == expected.tolist(), name
+        assert torch.equal(torch.tensor(found)[clear], expected[clear]), name
 
 
 def shorter(monkeypatch, steps=20, queries=100):
