@@ -15,7 +15,7 @@ from hf_mrpf.fab import fab_attack, to_hyperplane
 from hf_mrpf.named_attacks import ATTACKS, NamedAttack, runs_of, settings_of
 from hf_mrpf.square import side, square_attack
 
-BALLS = [("linf", 0.12), ("l2", 1.5)]
+BALLS = [("linf", 0.12), ("l2", 0.7)]
 
 
 @pytest.fixture(scope="module")
