@@ -111,7 +111,8 @@ def main() -> None:
     attack = AttackConfig(eps=args.eps, num_steps=20)
     model = trained(data, attack, args.epochs, device)
     pixels = as_pixel_dataset(data.test, model.config.image_size)[:]
-    images, labels = pixels["pixel_values"].to(device), torch.as_tensor(pixels["labels"]).to(device)
+    # Data sets keep bytes.
+    images, labels = pixels["pixel_values"].to(device).float() / 255, torch.as_tensor(pixels["labels"]).to(device)
     found: dict[str, float] = {}
 
     def ours() -> None:
