@@ -276,3 +276,19 @@ def test_fab_is_that_of_the_authors_package(digits, norm, eps):
     ours = net(attacked("fab-t", net, images, labels, AttackConfig(norm, eps, num_steps=20))).argmax(1) == labels
     assert 0 < (theirs & right).sum() < right.sum()
     assert ((theirs & right) != (ours & right)).sum() <= 1
+
+
+@pytest.mark.parametrize("norm, eps", [("linf", 0.04), ("l2", 0.3)])
+def test_apgd_climbs_as_high_as_the_authors(digits, norm, eps):
+    base = pytest.importorskip("pyautoattack.autopgd_base")
+    net, images, labels = digits[0], *(rows[:80] for rows in digits[1:])
+    official = base.APGDAttack(
+        net, norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, n_iter=60, seed=0, loss="ce", device="cpu"
+    )
+    official.init_hyperparam(images)
+    _, withstand, highest, _ = official.attack_single_run(images, labels, x_init=images.clone())
+    ours = apgd_attack(net, images, labels, AttackConfig(norm, eps, num_steps=60))
+    held = (net(ours).argmax(1) == labels) & withstand.bool()  # those that left the batch stopped climbing
+    assert held.sum() > 40
+    losses = F.cross_entropy(net(ours), labels, reduction="none")
+    assert torch.allclose(losses[held], highest[held], rtol=0.01, atol=1e-4)
