@@ -18,15 +18,17 @@ from hf_mrpf.efficiency import device_name
 RESULTS = Path(__file__).parent / "results"
 
 
-def interleaved(ways: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, dict[str, Any]]:
+def interleaved(
+    ways: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device, *, warm: bool = True
+) -> dict[str, dict[str, Any]]:
     """
-    Seconds of each way, by the processor's clock and by the wall's, every round in turn; one more round warms up.
+    Seconds of each way, by the processor's clock and by the wall's, every round in turn; with `warm` one more warms up.
 
     Returns:
         `dict`: by way `{"cpu": [seconds a round], "wall": [seconds a round]}`.
     """
     seconds: dict[str, dict[str, Any]] = {name: {"cpu": [], "wall": []} for name in ways}
-    for number in range(rounds + 1):
+    for number in range(0 if warm else 1, rounds + 1):
         for name, way in ways.items():
             cpu, wall = time.process_time(), time.perf_counter()
             way()

@@ -167,6 +167,17 @@ def _flagged(model: nn.Module, flag: bool) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
+@contextmanager
+def under_attack(model: nn.Module, images: Tensor) -> Iterator[None]:
+    """
+    Put `model` in the form that it has while it is attacked; afterwards it is as it was, also after an exception.
+
+    In eval mode, its parameters without gradients, BatchNorm folded into the convolutions before it.
+    """
+    with eval_mode(model), frozen(model), folded_batchnorm(model, images):
+        yield
+
+
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of class indices `[N]`, summed over the batch (nats)."""
     return F.cross_entropy(logits, labels, reduction="sum")
@@ -233,18 +244,15 @@ def pgd_attack(
     if until_fooled and loss == "kl":
         raise ValueError("until_fooled needs the class of each image, and loss='kl' has none: choose 'ce' or 'margin'.")
     check_pixels(images)
-    _check_labels(labels, len(images), logits=loss == "kl")
-    if start is not None and start.shape != images.shape:
-        raise ValueError(
-            f"start has shape {list(start.shape)}, the images {list(images.shape)}; they must be the same."
-        )
+    check_labels(labels, len(images), logits=loss == "kl")
+    check_start(start, images)
     images, labels = images.detach(), labels.detach()
     if attack.eps == 0:
         return images.clone(memory_format=torch.contiguous_format)
     if start is None:
         start = _random_start(images, attack, None) if attack.random_start else images
 
-    with _autocast(attack, images), eval_mode(model), frozen(model), folded_batchnorm(model, images):
+    with _autocast(attack, images), under_attack(model, images):
         layout = fast_layout(images)
         images = images.contiguous(memory_format=layout)
         adversarial = start.detach().clone(memory_format=layout)
@@ -257,7 +265,7 @@ def pgd_attack(
                 (gradient,) = torch.autograd.grad(value, adversarial)
             with torch.no_grad():
                 adversarial.requires_grad_(False)
-                if until_fooled and (fooled := _surely_wrong(logits, labels)).any():
+                if until_fooled and (fooled := surely_wrong(logits, labels)).any():
                     left = ~fooled
                     found = adversarial.clone() if found is None else found.index_copy_(0, places, adversarial)
                     adversarial, gradient, images, labels, places = (
@@ -268,6 +276,13 @@ def pgd_attack(
                 STEPS[attack.norm](adversarial, gradient, images, attack)
     found = adversarial if found is None else found.index_copy_(0, places, adversarial)
     return found.contiguous()
+
+
+def keyed_generator(seed: int, index: int) -> torch.Generator:
+    """A generator on the CPU whose numbers depend on a seed and on the index of an image alone, both at least 0."""
+    # torch's CPU generator takes 32 bits of its seed: the pair is hashed, not added.
+    entropy = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
+    return torch.Generator().manual_seed(entropy)
 
 
 def keyed_start(images: Tensor, indices: Sequence[int] | Tensor, attack: AttackConfig, seed: int) -> Tensor:
@@ -301,11 +316,10 @@ def keyed_start(images: Tensor, indices: Sequence[int] | Tensor, attack: AttackC
         )
     if not attack.random_start or attack.eps == 0 or not keys:
         return images
-    starts = []
-    for image, key in zip(images.detach().cpu().split(1), keys, strict=True):
-        # torch's CPU generator takes 32 bits of its seed: the pair is hashed, not added.
-        entropy = int(np.random.SeedSequence([seed, key]).generate_state(1)[0])
-        starts.append(_random_start(image, attack, torch.Generator().manual_seed(entropy)))
+    starts = [
+        _random_start(image, attack, keyed_generator(seed, key))
+        for image, key in zip(images.detach().cpu().split(1), keys, strict=True)
+    ]
     return torch.cat(starts).to(images.device)
 
 
@@ -317,14 +331,15 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _surely_wrong(logits: Tensor, labels: Tensor) -> Tensor:
-    """Whether another logit exceeds the true one by more than the rounding of another order of sums."""
+def surely_wrong(logits: Tensor, labels: Tensor) -> Tensor:
+    """Whether another logit exceeds the true one, `[N]`, by more than the rounding of another order of sums."""
     true = logits.gather(1, labels[:, None])
     others = logits.scatter(1, labels[:, None], -math.inf).amax(1, keepdim=True)
     return (others - true > ROUNDING * logits.abs().amax(1, keepdim=True)).flatten()
 
 
-def _check_labels(labels: Tensor, count: int, *, logits: bool) -> None:
+def check_labels(labels: Tensor, count: int, *, logits: bool = False) -> None:
+    """Refuse, by a ValueError, what is not one class index, or with `logits` one row of logits, for each of `count`."""
     if logits:
         fits, needed = labels.is_floating_point() and labels.ndim == 2, f"clean logits [{count}, C]"
     else:
@@ -333,18 +348,26 @@ def _check_labels(labels: Tensor, count: int, *, logits: bool) -> None:
         raise ValueError(f"labels are {labels.dtype} of shape {list(labels.shape)}; {needed} are needed.")
 
 
+def check_start(start: Tensor | None, images: Tensor) -> None:
+    """Refuse, by a ValueError, a start of another shape than the images."""
+    if start is not None and start.shape != images.shape:
+        raise ValueError(
+            f"start has shape {list(start.shape)}, the images {list(images.shape)}; they must be the same."
+        )
+
+
 def _random_start(images: Tensor, attack: AttackConfig, generator: torch.Generator | None) -> Tensor:
     """Uniform in the cube for linf; for l2 a uniform direction at a uniform distance. Clamped to [0, 1]."""
     if attack.norm == "linf":
         noise = torch.empty_like(images).uniform_(-attack.eps, attack.eps, generator=generator)
     else:
         noise = torch.empty_like(images).normal_(generator=generator)
-        lengths = _lengths(noise)
-        noise *= attack.eps * torch.empty_like(lengths).uniform_(0, 1, generator=generator) / lengths
+        length = lengths(noise)
+        noise *= attack.eps * torch.empty_like(length).uniform_(0, 1, generator=generator) / length
     return noise.add_(images).clamp_(0, 1)
 
 
-def _lengths(images: Tensor) -> Tensor:
+def lengths(images: Tensor) -> Tensor:
     """l2 norm of each image, `[N, 1, 1, 1]`, never 0."""
     return images.flatten(1).norm(dim=1).clamp_min(torch.finfo(images.dtype).tiny).view(-1, 1, 1, 1)
 
@@ -355,8 +378,8 @@ def _step_linf(adversarial: Tensor, gradient: Tensor, images: Tensor, attack: At
 
 
 def _step_l2(adversarial: Tensor, gradient: Tensor, images: Tensor, attack: AttackConfig) -> None:
-    adversarial.add_(gradient / _lengths(gradient), alpha=attack.step).sub_(images)
-    adversarial.mul_((attack.eps / _lengths(adversarial)).clamp_max(1)).add_(images).clamp_(0, 1)
+    adversarial.add_(gradient / lengths(gradient), alpha=attack.step).sub_(images)
+    adversarial.mul_((attack.eps / lengths(adversarial)).clamp_max(1)).add_(images).clamp_(0, 1)
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": cross_entropy, "kl": kl_divergence, "margin": margin}

@@ -2,8 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attacks import AttackConfig, check_pixels, eval_mode, frozen, keyed_start, logits_of, pgd_attack
-from .data import as_pixel_dataset, batches, stratified_order
-from .fingerprint import images_sha256, weights_sha256
+from .attacks import AttackConfig, eval_mode, frozen, logits_of
+from .fingerprint import weights_sha256
+from .indexed_images import count_images, indexed_batches, pools
 from .journal import Journal
+from .named_attacks import ATTACKS, AUTOATTACK_TARGETS, NamedAttack, Run, runs_of, settings_of
 from .processes import Processes
-from .progress import Bar, progress_bar
+from .progress import progress_bar
 from .report import PairedDifference, RobustnessReport, package_versions, paired_difference, wilson_interval
+from .verdicts import Answer, Verdicts
 
 __all__ = [
     "ATTACKS",
@@ -30,35 +31,6 @@ __all__ = [
     "paired_difference",
     "wilson_interval",
 ]
-
-
-_KINDS = "give (images, labels) tensors, one split of a data set (such as ImageData.test), or batches of such tensors"
-
-
-@dataclass(frozen=True)
-class NamedAttack:
-    """
-    Strength of an attack that has a name; norm, radius and random start come from the `AttackConfig`.
-
-    Args:
-        loss (`str`):
-            What is maximised: a key of `LOSSES` in `attacks.py`.
-        steps (`int`):
-            Steps of a restart. A single step has the full length `eps` and starts at the image itself (FGSM).
-        restarts (`int`, *optional*, defaults to `1`):
-            Independent random starts; an image is robust if it withstands them all.
-    """
-
-    loss: str
-    steps: int
-    restarts: int = 1
-
-    def configure(self, attack: AttackConfig) -> AttackConfig:
-        """The attack in full. A `step_size` of the `AttackConfig` is kept; without one it is `2.5 * eps / steps`."""
-        attack = replace(attack, dtype="float32")
-        if self.steps == 1:
-            return replace(attack, num_steps=1, step_size=attack.eps or None, random_start=False)
-        return replace(attack, num_steps=self.steps)
 
 
 def evaluate_robustness(
@@ -81,8 +53,13 @@ def evaluate_robustness(
     Images that are misclassified as they are count as fooled and are not attacked, and an image leaves the batch once
     an iterate fools the model: robust accuracy is that of the worst iterate, no higher than that of the last one, and
     what fooled is classified again by the network as it is. Everything is computed in float32: a model with other
-    weights is evaluated as a float32 copy. The random start of an image is keyed by the seed and its index in `data`,
-    so that neither batch size nor subset changes it. The model's modes, gradients and flags are left as they were.
+    weights is evaluated as a float32 copy. All random numbers of an image are keyed by the seed and its index in
+    `data`, so that neither batch size nor subset changes them. The model's modes, gradients and flags are left as they
+    were.
+
+    An attack of several runs (restarts, targets, the parts of `autoattack`) makes the next one on the images alone that
+    withstood those before, in full batches drawn from all images that are held at a time (256 MiB of pixels). A run
+    that several of the named attacks share is made once.
 
     Args:
         model (`nn.Module`):
@@ -92,7 +69,12 @@ def evaluate_robustness(
             `pixel_values`) and a label column.
         attacks (`Sequence[str]`, *optional*, defaults to `("clean", "pgd20")`):
             Keys of `ATTACKS`: `clean` (always measured), `fgsm` (one step of length eps), `pgd20` (20 steps on the
-            cross-entropy), `cw` (20 steps on the margin between the true and the best other logit).
+            cross-entropy), `pgd50x5` (50 steps from each of five starts), `cw` (20 steps on the margin between the true
+            and the best other logit), `apgd_ce`, `apgd_t` (100 steps; the latter on the targeted DLR loss at 9
+            targets), `fab_t` (100 steps at 9 targets), `square` (5000 queries, no gradients), and `autoattack`, the
+            standard set of [Croce and Hein](https://huggingface.co/papers/2003.01690): those four one after another.
+            With fewer than 10 classes there are fewer targets, and with 2 or 3 the margin stands for targeted DLR,
+            which is not defined there: `settings` in the report names what was run.
         attack ([`AttackConfig`], *optional*):
             Norm, eps, random start and, if set, step size; steps and restarts are the name's. Defaults to
             `AttackConfig()`: linf, 8/255.
@@ -102,7 +84,7 @@ def evaluate_robustness(
         seed (`int`, *optional*, defaults to `0`):
             Seed of subset and random starts.
         batch_size (`int`, *optional*, defaults to `128`):
-            Images a batch; an iterable of batches keeps its own.
+            Images a batch.
         data_name (`str`, *optional*):
             What to call the images in the report.
         progress (`bool`, *optional*, defaults to `False`):
@@ -111,8 +93,8 @@ def evaluate_robustness(
             Whether every process of the group makes this same call: each then attacks a share of every `batch_size`
             times their number of images, no image twice, and all get the same report.
         journal (`Path` or `str`, *optional*):
-            File to keep the verdicts in, batch by batch. The same call on the same weights goes on from there; an image
-            that is another one now is measured again.
+            File to keep the verdicts in, after each batch of each run. The same call on the same weights goes on from
+            there; an image that is another one now is measured again.
 
     Returns:
         [`RobustnessReport`]
@@ -131,39 +113,47 @@ def evaluate_robustness(
         )
     weight = next(model.parameters(), torch.zeros(()))
     processes = Processes.of(distributed)
-    settings = {name: _settings(spec, attack) for name, spec in names.items()}
-    subject = {"norm": attack.norm, "eps": attack.eps, "seed": seed, "attacks": settings, "zero_gradients": bool(names)}
+    subject = {"norm": attack.norm, "eps": attack.eps, "step_size": attack.step_size, "seed": seed}
+    subject |= {"random_start": attack.random_start, "zero_gradients": bool(names)}
     subject |= {"weights": weights_sha256(model)} if journal else {}
-    fingerprint, outcomes = hashlib.sha256(), []
+    fingerprint = hashlib.sha256()
     network = _in_float32(model)
     image_size = getattr(getattr(model, "config", None), "image_size", None)
     image_size = image_size if isinstance(image_size, int) else None
-    expected, questions = _count(data, num_samples), 1 + len(names)
-    total = None if expected is None else expected * questions
-    bar = progress_bar(total, "evaluation", "attacked image", shown=progress and processes.is_main)
+    expected = count_images(data, num_samples)
+    rounds = 1 + sum(len(runs_of(name, AUTOATTACK_TARGETS + 1)) for name in names)
+    bar = progress_bar(
+        None if expected is None else expected * rounds, "evaluation", "attacked image",
+        shown=progress and processes.is_main,
+    )  # fmt: skip
+    blind, classes = 0, 0
+    verdicts: dict[str, list[bool]] = {name: [] for name in ("clean", *names)}
     with eval_mode(network), frozen(network), Journal(journal, subject, processes) as kept, bar:
-        known = {image: outcome for entry in kept.entries for image, outcome in entry.items()}
-        together = batch_size * processes.count
-        for indices, images, labels in _indexed_batches(data, num_samples, seed, together, image_size):
-            _add_to(fingerprint, indices, images, labels)
-            keys = [f"{index} {digest}" for index, digest in zip(indices, images_sha256(images, labels), strict=True)]
-            shown = bar.n
-            missing = [position for position, key in enumerate(keys) if key not in known]
-            if missing:
-                mine = missing[processes.share(len(missing))]
-                batch = [indices[i] for i in mine], images[mine].to(weight.device), labels[mine].to(weight.device)
-                found = _outcomes(network, *batch, names, attack, seed, bar) if mine else []
-                entry = dict(zip([keys[i] for i in missing], chain.from_iterable(processes.gather(found)), strict=True))
-                kept.add(entry)
-                known |= entry
-            outcomes += [known[key] for key in keys]
-            # Images of the journal, and those that other processes attacked.
-            bar.update(len(images) * questions - (bar.n - shown))
+        known = Verdicts(kept, processes, batch_size, bar)
+
+        def clean(indices: list[int], images: Tensor, labels: Tensor) -> list[str]:
+            where = images.to(weight.device), labels.to(weight.device)
+            return _clean_answers(network, *where, indices, gradient=bool(names))
+
+        for pool in pools(indexed_batches(data, num_samples, seed, batch_size, image_size)):
+            _add_to(fingerprint, pool.indices, pool.images, pool.labels)
+            everything = range(len(pool.keys))
+            answers = known.settle("clean", pool, everything, clean)
+            blind += sum(answer[0] == "1" for answer in answers)
+            classes = int(answers[0][2:])
+            correct = [answer[1] == "1" for answer in answers]
+            verdicts["clean"] += correct
+            for name in names:
+                bar.set_description(f"evaluation, {name}")
+                robust = list(correct)
+                for run in runs_of(name, classes):
+                    withstands = _answers_under(run, network, attack, seed, weight.device)
+                    standing = [position for position in everything if robust[position]]
+                    answers = known.settle(run.name, pool, standing, withstands)
+                    for position, answer in zip(standing, answers, strict=True):
+                        robust[position] = answer == "1"
+                verdicts[name] += robust
         bar.set_description("evaluation")
-    columns = list(zip(*outcomes, strict=True)) or [()] * (2 + len(names))
-    verdicts = {
-        name: [bit == "1" for bit in column] for name, column in zip(("clean", *names), columns[1:], strict=True)
-    }
     count = len(verdicts["clean"])
     if count == 0:
         raise ValueError("There are no images to evaluate: data is empty.")
@@ -172,12 +162,12 @@ def evaluate_robustness(
         clean_accuracy=right["clean"] / count,
         attacks={name: right[name] / count for name in names},
         intervals={name: wilson_interval(right[name], count) for name in verdicts},
-        settings=settings,
+        settings={name: settings_of(name, attack, classes) for name in names},
         num_samples=count,
         norm=attack.norm,
         eps=attack.eps,
         seed=seed,
-        zero_gradient_share=columns[0].count("1") / count if names else None,
+        zero_gradient_share=blind / count if names else None,
         data_name=data_name,
         images=fingerprint.hexdigest(),
         device=str(weight.device),
@@ -187,94 +177,11 @@ def evaluate_robustness(
     )
 
 
-def _known_attacks(attacks: Iterable[str]) -> dict[str, NamedAttack]:
-    requested = list(attacks)
-    if unknown := [name for name in requested if name not in ATTACKS]:
+def _known_attacks(attacks: Sequence[str]) -> list[str]:
+    """The names but for `clean`, each once."""
+    if unknown := [name for name in attacks if name not in ATTACKS]:
         raise ValueError(f"Unknown attacks {', '.join(map(repr, unknown))}; known: {', '.join(ATTACKS)}.")
-    return {name: spec for name in requested if (spec := ATTACKS[name]) is not None}
-
-
-def _settings(spec: NamedAttack, attack: AttackConfig) -> dict[str, Any]:
-    used = spec.configure(attack)
-    return {
-        "loss": spec.loss,
-        "steps": spec.steps,
-        "step_size": used.step,
-        "restarts": spec.restarts,
-        "random_start": used.random_start,
-        "fooled_by": "any iterate",
-    }
-
-
-def _indexed_batches(
-    data: Any, num_samples: int | None, seed: int, batch_size: int, image_size: int | None
-) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Yield `(indices in data, float32 images, int64 labels)`, checked."""
-    for indices, images, labels in _raw_batches(data, num_samples, seed, batch_size, image_size):
-        check_pixels(images)
-        if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != (len(images),):
-            raise ValueError(
-                f"labels are {getattr(labels, 'dtype', type(labels))} of shape {list(getattr(labels, 'shape', []))}; "
-                f"int64 class indices [{len(images)}], one per image, are needed."
-            )
-        yield indices, images.float(), labels
-
-
-def _raw_batches(
-    data: Any, num_samples: int | None, seed: int, batch_size: int, image_size: int | None
-) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    from datasets import Dataset
-
-    if isinstance(data, Mapping):
-        raise ValueError(f"data holds several splits ({', '.join(map(str, data))}); hand over one of them.")
-    if isinstance(data, Dataset):
-        pixels = as_pixel_dataset(data, image_size)
-        order = _order(pixels["labels"][:], num_samples, seed)
-        starts = range(0, len(order), batch_size)
-        for start, (images, labels) in zip(starts, batches(pixels, batch_size, order), strict=True):
-            yield order[start : start + batch_size], images, labels
-    elif _is_pair(data):
-        images, labels = data
-        if len(images) != len(labels):
-            raise ValueError(f"There are {len(images)} images and {len(labels)} labels; one label per image is needed.")
-        order = _order(labels.tolist(), num_samples, seed)
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            yield chosen, images[chosen], labels[chosen]
-    else:
-        seen = 0
-        if not isinstance(data, Iterable):
-            raise ValueError(f"data is a {type(data).__name__}; {_KINDS}.")
-        for batch in data:
-            if not isinstance(batch, Mapping) and not _is_pair(batch):
-                raise ValueError(
-                    f"data yields {type(batch).__name__} that are no (images, labels) of tensors; {_KINDS}."
-                )
-            images, labels = (batch["pixel_values"], batch["labels"]) if isinstance(batch, Mapping) else batch
-            take = len(images) if num_samples is None else min(len(images), num_samples - seen)
-            if take == 0:
-                break
-            yield list(range(seen, seen + take)), images[:take], labels[:take]
-            seen += take
-
-
-def _count(data: Any, num_samples: int | None) -> int | None:
-    """Number of images to come, where it can be known."""
-    if _is_pair(data):
-        data = data[0]
-    elif not hasattr(data, "features"):
-        return num_samples
-    return len(data) if num_samples is None else min(num_samples, len(data))
-
-
-def _is_pair(data: Any) -> bool:
-    return isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], Tensor)
-
-
-def _order(labels: Sequence[int], num_samples: int | None, seed: int) -> list[int]:
-    if num_samples is None or num_samples >= len(labels):
-        return list(range(len(labels)))
-    return [int(index) for index in stratified_order(labels, seed)[:num_samples]]
+    return [name for name in dict.fromkeys(attacks) if ATTACKS[name]]
 
 
 def _in_float32(model: nn.Module) -> nn.Module:
@@ -289,26 +196,13 @@ def _add_to(fingerprint: Any, indices: list[int], images: Tensor, labels: Tensor
         fingerprint.update(image.contiguous().numpy().tobytes())
 
 
-def _outcomes(
-    model: nn.Module,
-    indices: list[int],
-    images: Tensor,
-    labels: Tensor,
-    names: Mapping[str, NamedAttack],
-    attack: AttackConfig,
-    seed: int,
-    bar: Bar,
+def _clean_answers(
+    model: nn.Module, images: Tensor, labels: Tensor, indices: list[int], *, gradient: bool
 ) -> list[str]:
-    """For each image one digit a question: has it no gradient, is it right as it is, does it withstand each attack."""
-    logits, blind = _clean_logits(model, images, labels, indices, gradient=bool(names))
-    correct = logits.argmax(1) == labels
-    answers = [blind, correct]
-    bar.update(len(images))
-    for name, spec in names.items():
-        bar.set_description(f"evaluation, {name}")
-        answers.append(_robust(model, images, labels, indices, correct, spec, attack, seed))
-        bar.update(len(images))
-    return ["".join("01"[bit] for bit in bits) for bits in torch.stack(answers, 1).tolist()]
+    """For each image a digit whether it has no gradient, one whether it is right, and the number of classes."""
+    logits, blind = _clean_logits(model, images, labels, indices, gradient=gradient)
+    bits = torch.stack([blind, logits.argmax(1) == labels], 1).tolist()
+    return [f"{first:d}{second:d}{logits.shape[1]}" for first, second in bits]
 
 
 def _clean_logits(
@@ -331,30 +225,17 @@ def _clean_logits(
     return logits.detach(), slope.flatten(1).abs().amax(1) == 0
 
 
-def _robust(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    indices: list[int],
-    correct: Tensor,
-    spec: NamedAttack,
-    attack: AttackConfig,
-    seed: int,
-) -> Tensor:
-    """Whether each image is classified correctly before the attack and after each of its restarts."""
-    robust, used = correct.clone(), spec.configure(attack)
-    for restart in range(spec.restarts):
-        alive = robust.nonzero().flatten()
-        if not len(alive):
-            break
-        keys = [indices[position] for position in alive.tolist()]
-        start = keyed_start(images[alive], keys, used, seed + restart)
-        adversarial = pgd_attack(
-            model, images[alive], labels[alive], used, loss=spec.loss, start=start, until_fooled=True
-        )
+def _answers_under(run: Run, model: nn.Module, attack: AttackConfig, seed: int, device: torch.device) -> Answer:
+    """What tells for a batch of images, by one digit each, whether they are classified correctly after the run."""
+
+    def withstands(indices: list[int], images: Tensor, labels: Tensor) -> list[str]:
+        images, labels = images.to(device), labels.to(device)
+        adversarial = run(model, images, labels, indices, attack, seed)
         with torch.no_grad():
-            robust[alive] = _finite_logits(model, adversarial, keys).argmax(1) == labels[alive]
-    return robust
+            right = _finite_logits(model, adversarial, indices).argmax(1) == labels
+        return ["01"[bit] for bit in right.tolist()]
+
+    return withstands
 
 
 def _finite_logits(model: nn.Module, images: Tensor, indices: list[int]) -> Tensor:
@@ -367,11 +248,3 @@ def _finite_logits(model: nn.Module, images: Tensor, indices: list[int]) -> Tens
             "model's weights and BatchNorm statistics."
         )
     return logits
-
-
-ATTACKS: dict[str, NamedAttack | None] = {
-    "clean": None,
-    "fgsm": NamedAttack("ce", steps=1),
-    "pgd20": NamedAttack("ce", steps=20),
-    "cw": NamedAttack("margin", steps=20),
-}

@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from torch import nn
 
-from hf_mrpf import evaluation
+from hf_mrpf import named_attacks
 from hf_mrpf.attacks import AttackConfig
 from hf_mrpf.evaluation import (
     ATTACKS,
@@ -22,6 +22,7 @@ from hf_mrpf.evaluation import (
     paired_difference,
     wilson_interval,
 )
+from hf_mrpf.indexed_images import stratified_indices
 
 ALL = ("clean", "fgsm", "pgd20", "cw")
 
@@ -159,7 +160,7 @@ def test_random_start_is_keyed_by_seed_and_index(monkeypatch):
         starts.update({(seed, index): image for index, image in zip(indices, images, strict=True)})
         return images
 
-    monkeypatch.setattr(evaluation, "keyed_start", record)
+    monkeypatch.setattr(named_attacks, "keyed_start", record)
     evaluate_robustness(model, (images, labels), ("pgd20",), AttackConfig(eps=0.01), num_samples=5, seed=4)
     assert len(starts) == 5
     assert all(seed == 4 and torch.equal(image, images[index]) for (seed, index), image in starts.items())
@@ -175,7 +176,7 @@ def test_subset_is_stratified_and_seeded():
         seen.setdefault(seed, []).append(report.images)
     assert seen[0][0] == seen[0][1] != seen[1][0]
     counted = []
-    order = evaluation._order(labels.tolist(), 12, 0)
+    order = stratified_indices(labels.tolist(), 12, 0)
     counted = torch.bincount(labels[order]).tolist()
     assert counted == [4, 4, 4]
     assert evaluate_robustness(model, (images, labels), ("clean",), num_samples=1000).num_samples == 60
@@ -190,14 +191,14 @@ def test_restarts_must_all_be_withstood(monkeypatch):
         noise = torch.randn(50, 3, 8, 8, generator=torch.Generator().manual_seed(seed))[list(indices)].sign()
         return (images + attack.eps * noise).clamp(0, 1)
 
-    monkeypatch.setattr(evaluation, "keyed_start", start_at_noise)
+    monkeypatch.setattr(named_attacks, "keyed_start", start_at_noise)
     attack = AttackConfig(eps=0.3, step_size=1e-6)  # the start decides
     single = {}
     for seed in (0, 1, 2):
         single[seed] = evaluate_robustness(model, (images, labels), ("pgd20",), attack, seed=seed).verdicts["pgd20"]
     together = [all(bits) for bits in zip(*single.values(), strict=True)]
     assert sum(together) < min(map(sum, single.values()))
-    monkeypatch.setitem(ATTACKS, "pgd20x3", NamedAttack("ce", 20, restarts=3))
+    monkeypatch.setitem(ATTACKS, "pgd20x3", (NamedAttack("ce", 20, restarts=3),))
     starts.clear()
     report = evaluate_robustness(model, (images, labels), ("pgd20x3",), attack)
     assert report.verdicts["pgd20x3"] == together
@@ -268,7 +269,7 @@ def test_bad_images_and_labels_are_refused(images, labels, message):
 
 def test_other_bad_input_is_refused():
     model, images, labels = _random_problem(8)
-    with pytest.raises(ValueError, match=r"Unknown attacks 'pgd7', 'x'; known: clean, fgsm, pgd20, cw"):
+    with pytest.raises(ValueError, match=r"Unknown attacks 'pgd7', 'x'; known: clean, fgsm, .*, autoattack"):
         evaluate_robustness(model, (images, labels), ("clean", "pgd7", "x"))
     with pytest.raises(ValueError, match="several splits \\(train, test\\)"):
         evaluate_robustness(model, {"train": 1, "test": 2})
