@@ -156,6 +156,10 @@ def _groups(model: nn.Module, example: Tensor, boxes: Mapping[str, _Box]) -> lis
     return [group for group in groups if all(dep.target.type != output for dep, _ in group)]
 
 
+class EndlessGroupError(ValueError):
+    """A group of channels that torch-pruning finds no end of."""
+
+
 class _Opaque(torch.autograd.Function):
     """Depends on its input, and shows autograd nothing of how."""
 
@@ -184,7 +188,7 @@ def _bounded_groups() -> Iterator[None]:
 
     def add_dep(group: "Group", dep: Any, idxs: Any) -> None:
         if len(group) > _MOST_DEPENDENCIES:
-            raise ValueError(f"more than {_MOST_DEPENDENCIES} dependencies in one group of channels")
+            raise EndlessGroupError(f"more than {_MOST_DEPENDENCIES} dependencies in one group of channels")
         add(group, dep, idxs)
 
     Group.add_dep = add_dep

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .architectures import known_layers, owner, refresh, unsupported
 from .attacks import eval_mode
 from .attention import FoundAttention, find_attention, head_parts, head_slots, removed_rows
-from .coupling import couple
+from .coupling import EndlessGroupError, couple
 from .exactness import TOLERANCE, removal_error
 from .groups import importance_group
 from .layers import PRODUCERS, Layer, Slot, loose_parameters, measure_layers, parameter_layer, shapes_only, skeleton
@@ -197,6 +197,8 @@ def trace_units(model: nn.Module, example: Tensor, *, heads: bool = False, check
         with shapes_only():
             layers, coupled = _follow(skeleton(model), example.to("meta"), kinds, attentions)
     except Exception as error:  # code that reads values may fail in any way; what cannot be pruned fails again
+        if isinstance(error.__cause__, EndlessGroupError):
+            raise
         LOGGER.debug("%s does not run on shapes alone (%s); it is traced with values.", type(model).__name__, error)
         layers, coupled = _follow(model, example, kinds, attentions)
     graph = _graph(model, kinds, layers, coupled, attentions, heads)

@@ -351,6 +351,7 @@ def cells(line):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
+@pytest.mark.slow
 def test_the_recipe_measures_a_run_beside_its_dense_model(run_folder, monkeypatch, capsys):
     threads, timed = [], {}
     monkeypatch.setattr(torch, "set_num_threads", threads.append)

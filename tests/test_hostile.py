@@ -181,7 +181,7 @@ QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped
 
 
 @given(name=NAMES, steps=changes())
-@settings(max_examples=60, derandomize=True, **QUIET)
+@settings(max_examples=30, derandomize=True, **QUIET)
 def test_mutated_configs_load_or_are_refused_in_one_message(folders, name, steps):
     check(folders, name, steps)
 
@@ -198,7 +198,7 @@ def test_many_mutated_configs(folders, name, steps):
     [
         ("narrow", {"layers": [10**9, 1, 1, 1]}, r"backbone\['kwargs'\]\['layers'\]\[0\] is 1000000000"),
         ("narrow", {"layers": [2**18, 1, 1, 1]}, "more than 10000 modules"),
-        ("vit", {"depth": 2**18}, "more than 10000 modules"),
+        pytest.param("vit", {"depth": 2**18}, "more than 10000 modules", marks=pytest.mark.slow),
         ("narrow", {"channels": [16, 32, 64, 10**5]}, r"config\.json says \(3, 100000\)"),
         ("vit", {"embed_dim": 10**5}, "config.json"),
         ("narrow", {"act_layer": "http://127.0.0.1:9/x"}, "has no paths or addresses"),
@@ -333,7 +333,7 @@ def test_keys_of_a_transformers_config_that_name_other_code_do_nothing(folders, 
 
 
 @given(name=NAMES, number=st.integers(0, 10**6), kind=st.sampled_from(["drop", "add", "reshape", "nan", "cast"]))
-@settings(max_examples=30, derandomize=True, **QUIET)
+@settings(max_examples=15, derandomize=True, **QUIET)
 @example(name="narrow", number=0, kind="add")
 def test_mutated_weights_are_refused_by_name(folders, tmp_path_factory, name, number, kind):
     folder, _, images, logits = folders[name]

@@ -398,6 +398,7 @@ def planned_together(model):
     return plan_pruning(model, EXAMPLE, distributed=True, **options), len(clock.calls)
 
 
+@pytest.mark.slow
 def test_of_two_processes_the_first_measures_and_both_get_its_plan():
     (one, calls), (two, none) = on_processes(2, planned_together, narrow_resnet())
     assert one == two and calls > 2 and none == 0
@@ -412,6 +413,7 @@ TINY = [
 ]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_after_measuring_does_not_measure_again(device, monkeypatch, tmp_path, capsys):
     clock = device(lambda model: 0.5 + count_macs(model, torch.zeros(1, 3, 16, 16)) / 1e6)
     monkeypatch.setattr(sys, "argv", ["recipes/prune.py", "--output_dir", str(tmp_path / "run"), *TINY])

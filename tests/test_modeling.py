@@ -372,6 +372,7 @@ def test_statistics_stay_float32_in_every_dtype(saved):
     assert torch.allclose(double(images.double()).logits.float(), logits, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_deepcopy_compile_and_gradient_checkpointing_change_nothing(saved):
     model, _, images, logits = saved
     assert torch.equal(copy.deepcopy(model)(images).logits, logits)

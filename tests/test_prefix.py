@@ -83,8 +83,14 @@ def pass_of(run, weight):
     return logits.detach(), gradient
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("order", ["read", "backwards", "shuffled"])
+IN_THREE_ORDERS = [
+    # A large network finds nothing in the last two orders that the small ones do not.
+    pytest.param(name, order, marks=pytest.mark.slow if name == "mobilevit" and order != "read" else ())
+    for name in NETWORKS for order in ("read", "backwards", "shuffled")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "order"), IN_THREE_ORDERS)
 def test_every_pass_equals_a_whole_one_bit_for_bit(name, order):
     net = NETWORKS[name]().eval()
     weights = weights_in_order(net)

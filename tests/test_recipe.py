@@ -149,6 +149,7 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(start, finished):
     assert (folder / "run.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_finished_model_is_pruned_again_from_its_folder(start, finished, tmp_path):
     folder, _ = finished
     result = start("--output_dir", str(tmp_path / "again"), "--model_name_or_path", str(folder), *NAMED)

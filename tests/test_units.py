@@ -86,7 +86,12 @@ def test_tracing_leaves_the_model_and_the_random_state_as_they_were():
         ("swinv2_tiny_window8_256", 256, r"timm\.models\.swin_transformer_v2\.WindowAttention\) is attention"),
         ("xcit_nano_12_p16_224", 224, r"timm\.models\.cait\.ClassAttn\) is attention"),
         ("ecaresnet26t", 64, r"torch\.nn\.modules\.conv\.Conv1d\) holds parameters \(weight\)"),
-        ("res2net50_14w_8s", 64, r"'layer1\.0' \(timm\.models\.res2net\.Bottle2neck\) splits or mixes channels"),
+        pytest.param(
+            "res2net50_14w_8s",
+            64,
+            r"'layer1\.0' \(timm\.models\.res2net\.Bottle2neck\) splits or mixes channels",
+            marks=pytest.mark.slow,
+        ),
         ("resnetblur18", 64, r"timm\.layers\.blur_pool\.BlurPool2d\) multiplies matrices or convolves"),
     ],
 )
