@@ -12,7 +12,7 @@ from .architectures import known_layers, owner, refresh, unsupported
 from .attacks import eval_mode
 from .attention import FoundAttention, find_attention, head_parts, head_slots, removed_rows
 from .coupling import EndlessGroupError, couple
-from .exactness import TOLERANCE, removal_error
+from .exactness import TOLERANCES, removal_error
 from .groups import importance_group
 from .layers import PRODUCERS, Layer, Slot, loose_parameters, measure_layers, parameter_layer, shapes_only, skeleton
 from .surgery import cut_layer, scale_rows
@@ -270,19 +270,20 @@ def _graph(
 
 def _check_some(model: nn.Module, example: Tensor, graph: UnitGraph, kept: Mapping[str, Any]) -> None:
     """
-    Check a removal on a small image, where the network takes one. [`prune`] checks its own again, at the full size.
+    Check a removal in float32, on a small image where the network takes one. [`prune`] checks its own in full.
 
-    What is refused for the small image may be refused for its size: the full one decides.
+    What fails there may fail for the size of the image, or for rounding: float64 at the full size decides.
     """
     small = torch.zeros(1, example.shape[1], *(min(side, _CHECKED_SIDE) for side in example.shape[2:]))
-    if small.shape != example.shape and _takes(model, small.to(example.dtype)):
-        try:
-            check_removal(model, small, graph, kept)
-        except ValueError:
-            pass
-        else:
-            return
-    check_removal(model, example, graph, kept)
+    if not _takes(model, small.to(example.dtype)):
+        small = example
+    try:
+        found = _error(model, small, graph, kept, torch.float32)
+    except Exception as error:  # an arbitrary network may refuse in any way
+        LOGGER.debug("%s does not run with fewer channels on a small image: %s", type(model).__name__, error)
+        found = float("inf")
+    if not found <= TOLERANCES[torch.float32]:
+        check_removal(model, example, graph, kept)
 
 
 def _takes(model: nn.Module, images: Tensor) -> bool:
@@ -296,19 +297,20 @@ def _takes(model: nn.Module, images: Tensor) -> bool:
     return True
 
 
+def _error(model: nn.Module, example: Tensor, graph: UnitGraph, kept: Mapping[str, Any], dtype: torch.dtype) -> float:
+    removed = graph.removed_positions(kept)
+    return removal_error(model, example, graph.layers, removed, lambda pruned: cut(pruned, graph, kept), dtype)
+
+
 def check_removal(model: nn.Module, example: Tensor, graph: UnitGraph, kept: Mapping[str, Any]) -> None:
     """Refuse a model of which removing all but `kept` is not exact (see `exactness.py`); the unit at fault is named."""
 
-    def error(chosen: Mapping[str, Any]) -> float:
-        removed = graph.removed_positions(chosen)
-        return removal_error(model, example, graph.layers, removed, lambda pruned: cut(pruned, graph, chosen))
-
     def refuse_where_wrong(chosen: Mapping[str, Any], where: tuple[str, nn.Module], which: str) -> None:
         try:
-            found = error(chosen)
+            found = _error(model, example, graph, chosen, torch.float64)
         except Exception as broken:  # an arbitrary network's own code may fail in any way at other widths
             raise unsupported(*where, f"does not run with fewer channels ({broken}); {which}") from broken
-        if not found <= TOLERANCE:
+        if not found <= TOLERANCES[torch.float64]:
             reason = (
                 f"moves, mixes or shifts channels between its layers (removing some changes the others by {found:.1e})"
             )
