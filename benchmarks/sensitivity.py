@@ -130,13 +130,13 @@ def growth(device: torch.device, rounds: int) -> list[dict[str, Any]]:
     model = network("timm/resnet18").to(device)
     names = list(scored(model))
     rows = []
-    for images, modules in ((4, 21), (8, 21), (16, 21), (8, 5), (8, 10), (8, 21)):
+    for images, modules in ((2, 21), (4, 21), (8, 21), (4, 5), (4, 10)):
         chosen = names[:: len(names) // modules][:modules]
         x, y = torch.rand(images, 3, 32, 32, device=device), torch.randint(0, 10, (images,), device=device)
 
         def run(x: Tensor = x, y: Tensor = y, chosen: list[str] = chosen) -> None:
             module_robustness_sensitivity(
-                model, [(x, y)], CLEAN, groups={name: [name] for name in chosen}, batch_size=4
+                model, [(x, y)], CLEAN, groups={name: [name] for name in chosen}, batch_size=2
             )
 
         seconds = interleaved({"ascent": run}, rounds, device)["ascent"][clock_of(device)]
