@@ -111,7 +111,7 @@ def measured(net, sets, distributed):
             net, example, scores=scores["ascent"], importance=importance, batches=sets, attack=ATTACK,
             distributed=distributed,
         )
-        for importance in ("taylor", "hessian")
+        for importance in ("taylor", "hessian", "fisher")
     }  # fmt: skip
     pruned = prune(copy.deepcopy(net), plans["taylor"])
     repaired = repair(pruned, net, plans["taylor"], sets, ATTACK, distributed=distributed)
