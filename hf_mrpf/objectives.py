@@ -203,7 +203,9 @@ def rslad(
         adversarial_images = pgd_attack(_attacked(model, attacked), images, soft, attack, loss="kl", start=start)
     logits, adversarial_logits = logits_of(model(images)), logits_of(model(adversarial_images))
     if logits.shape != soft.shape:
-        raise ValueError(f"The teacher has {soft.shape[1]} classes and the model {logits.shape[1]}; both need the same.")
+        raise ValueError(
+            f"The teacher has {soft.shape[1]} classes and the model {logits.shape[1]}; give one with the same."
+        )
     divergences = kl_divergence(logits, soft) / 6 + kl_divergence(adversarial_logits, soft) * 5 / 6
     return ObjectiveOutput(divergences / len(images), logits, adversarial_logits, adversarial_images)
 
