@@ -130,10 +130,15 @@ class AveragingTrainer(MeasuringTrainer):
         finally:
             self._average.forget()
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any):
-        """As in [`MeasuringTrainer`]."""
+    def evaluate(self, *args: Any, **kwargs: Any):
+        """As in `Trainer`; also where a callback calls it in mid-training."""
         with self._averaged():
-            return super().evaluation_loop(*args, **kwargs)
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any):
+        """As in `Trainer`; also where a callback calls it in mid-training."""
+        with self._averaged():
+            return super().predict(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         # Callbacks at an evaluation or a save look at the model that was evaluated or saved.

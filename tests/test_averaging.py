@@ -153,6 +153,32 @@ def test_the_best_average_is_loaded_at_the_end(data, tmp_path):
     assert same(weights(made.model), watch.evaluated[best][0])
 
 
+class InMidTraining(TrainerCallback):
+    """Evaluates, predicts and saves by itself before the third step."""
+
+    def __init__(self, folder):
+        self.folder, self.trainer, self.losses = folder, None, []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            predicted = self.trainer.predict(self.trainer.eval_dataset).metrics
+            self.losses = [self.trainer.evaluate()["eval_loss"], predicted["test_loss"]]
+            self.trainer.save_model(self.folder)
+
+
+def test_a_callback_in_mid_training_evaluates_and_saves_the_average(data, tmp_path):
+    made, watch = trainer(data, tmp_path / "run", save_strategy="no", eval_strategy="no")
+    callback = InMidTraining(tmp_path / "saved")
+    made.add_callback(callback)
+    callback.trainer = made
+    made.train()
+    seen, loss = watch.evaluated[0]
+    assert same(load_file(tmp_path / "saved" / "model.safetensors"), seen)
+    for name, tensor in averages(watch.steps[:2])[-1].items():
+        torch.testing.assert_close(seen[name].to(tensor.dtype), tensor, rtol=1e-5, atol=1e-7)
+    assert callback.losses == [loss, loss]
+
+
 def test_each_training_has_an_average_of_its_own(data, tmp_path):
     made, watch = trainer(data, tmp_path, max_steps=1, save_strategy="no", eval_strategy="no")
     for _ in range(2):
