@@ -93,7 +93,7 @@ def _average_into(decay: float) -> Callable[[Any, Any, Any], None]:
 
     def update(averages: list[Tensor], weights: list[Tensor], count: Tensor) -> None:
         if averages[0].is_floating_point():
-            average(averages, weights, count)  # type: ignore[arg-type]
+            average(averages, weights, count)
             return
         for mean, weight in zip(averages, weights, strict=True):
             mean.copy_(weight)  # an index that is averaged with itself is rounded down to another one

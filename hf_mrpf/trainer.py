@@ -360,8 +360,8 @@ class MRPFTrainer(AveragingTrainer):
         if model.training:
             images = augment(images, padding=self.args.crop_padding, flip=self.horizontal_flip)
         found = {}
-        if self._until_backward is not None:
-            found = self._perturb_weights(self._until_backward, model, images, labels)
+        if self._until_backward is not None and self.args.awp_gamma is not None:
+            found = self._perturb_weights(self._until_backward, self.args.awp_gamma, model, images, labels)
         output = self._objective_on(model, images, labels, **found)
         if model.training:
             self._meter.add(output, labels)
@@ -380,7 +380,9 @@ class MRPFTrainer(AveragingTrainer):
             self._stop(f"The loss is {output.loss.item()} at step {self.state.global_step + 1}")
         return output
 
-    def _perturb_weights(self, until: contextlib.ExitStack, model: nn.Module, images, labels) -> dict[str, Any]:
+    def _perturb_weights(
+        self, until: contextlib.ExitStack, gamma: float, model: nn.Module, images, labels
+    ) -> dict[str, Any]:
         """Puts the weights where the objective is worse, until the backward pass is done; the images it attacked."""
         bare = self.accelerator.unwrap_model(model)
         outputs: list[ObjectiveOutput] = []
@@ -390,7 +392,7 @@ class MRPFTrainer(AveragingTrainer):
             return outputs[0].loss
 
         processes = Processes.of(self.args.world_size > 1)
-        until.enter_context(adversarial_weights(bare, loss, self.args.awp_gamma, processes))
+        until.enter_context(adversarial_weights(bare, loss, gamma, processes))
         return {"adversarial_images": outputs[0].adversarial_images}
 
     def training_step(self, *args, **kwargs):
