@@ -17,9 +17,9 @@ def adversarial_weights(
     Meanwhile every weight w of two dimensions or more stands at `w + gamma * ||w|| * g / ||g||`, g the loss's gradient.
 
     This is one step of radius gamma from the weights, layer by layer ([Wu et
-    al.](https://huggingface.co/papers/2004.05884)); biases and norms stay. Gradients taken within are those that the optimizer steps
-    along, from the weights as they were; these are back afterwards, bit for bit. What evaluating the loss does to
-    buffers, such as BatchNorm's statistics, is undone.
+    al.](https://huggingface.co/papers/2004.05884)); biases and norms stay. Gradients taken within are those
+    that the optimizer steps along, from the weights as they were; these are back afterwards, bit for bit. What
+    evaluating the loss does to buffers, such as BatchNorm's statistics, is undone.
 
     Args:
         model (`nn.Module`):
