@@ -20,7 +20,17 @@ if TYPE_CHECKING:  # what is wrong with an argument is said before these are loa
 
 RECOVERY_EPOCHS = 5.0
 FRACTIONS = ("eps", "step_size")
-ATTACK_OPTIONS = ("objective", "beta", "norm", "eps", "step_size", "num_steps", "random_start", "eval_num_steps")
+ATTACK_OPTIONS = (
+    "objective",
+    "beta",
+    "awp_gamma",
+    "norm",
+    "eps",
+    "step_size",
+    "num_steps",
+    "random_start",
+    "eval_num_steps",
+)
 TRAINING_OPTIONS = (
     "output_dir",
     "seed",
@@ -28,6 +38,7 @@ TRAINING_OPTIONS = (
     "num_train_epochs",
     "max_steps",
     "gradient_accumulation_steps",
+    "ema_decay",
     "bf16",
     "resume_from_checkpoint",
 )

@@ -38,7 +38,16 @@ class MRPFConfig(TrainingArguments):
         objective (`str` or `Callable`, *optional*, defaults to `"trades"`):
             What fine-tuning minimises: a key of `OBJECTIVES` or a function with the same signature.
         beta (`float`, *optional*, defaults to `6.0`):
-            Weight of the robust term (TRADES, arXiv 1901.08573, eq. 5).
+            Weight of the robust term of TRADES (arXiv 1901.08573, eq. 5) and MART (called lambda there).
+        awp_gamma (`float`, *optional*):
+            Adversarial weight perturbation (arXiv 2004.05884): each step's gradient is taken where the weights are
+            moved against the objective by this fraction of their norm, in (0, 1); the paper's code has 0.01 with
+            `pgd` and 0.005 with `trades`. Costs one forward and backward pass more. With gradient accumulation each
+            of the smaller batches is perturbed on its own. None for no perturbation.
+        ema_decay (`float`, *optional*):
+            Decay of an exponential moving average of the weights, in (0, 1): after every optimizer step the average
+            is `ema_decay * average + (1 - ema_decay) * weights`. It is what is evaluated, saved and left in the model
+            at the end. None for no average.
         norm (`str`, *optional*, defaults to `"linf"`):
             Norm of the attack, `"linf"` or `"l2"`.
         eps (`float`, *optional*, defaults to `8/255`):
@@ -102,11 +111,26 @@ class MRPFConfig(TrainingArguments):
     (0), `remove_unused_columns` (`False`), `label_names` (`["labels"]`), `metric_for_best_model` (`"robust_accuracy"`).
 
     Raises:
-        ValueError: where a value is out of its range or a name is not known.
+        ValueError: where a value is out of its range or a name is not known, or `awp_gamma` or `ema_decay` comes with
+            FSDP or DeepSpeed, which keep a part of the weights on each process, or `awp_gamma` with `fp16`.
     """
 
     objective: str = field(default="trades", metadata={"help": f"What to minimise: {', '.join(OBJECTIVES)}."})
-    beta: float = field(default=6.0, metadata={"help": "Weight of the robust term of TRADES."})
+    beta: float = field(default=6.0, metadata={"help": "Weight of the robust term of TRADES and MART."})
+    awp_gamma: float | None = field(
+        default=None,
+        metadata={
+            "help": "Radius of adversarial weight perturbation, relative to each weight's norm, such as 0.005 with "
+            "trades; none if not given."
+        },
+    )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Decay of a moving average of the weights, such as 0.999, which is then evaluated and saved; none "
+            "if not given."
+        },
+    )
 
     norm: str = field(default="linf", metadata={"help": "Norm of the attack: linf or l2."})
     eps: float = field(default=8 / 255, metadata={"help": "Radius of the attack in pixels in [0, 1]; 8/255 is read."})
@@ -244,6 +268,21 @@ class MRPFConfig(TrainingArguments):
             raise ValueError(f"gamma={self.gamma} must be in [0, 1]: a fraction of the norm of a module's weights.")
         if not (math.isfinite(self.beta) and self.beta >= 0):
             raise ValueError(f"beta={self.beta} must be a finite number, at least 0.")
+        for name in ("awp_gamma", "ema_decay"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, float | int) or not 0 < value < 1:
+                raise ValueError(f"{name}={value} must be a number in (0, 1), or left out.")
+            if self.fsdp or self.deepspeed:
+                raise ValueError(
+                    f"{name}={value} needs all weights on every process, and FSDP and DeepSpeed share them out; leave "
+                    f"{name} out, or train with DistributedDataParallel."
+                )
+        if self.awp_gamma is not None and self.fp16:
+            raise ValueError(
+                f"awp_gamma={self.awp_gamma} takes a gradient that fp16 would let underflow; give bf16 instead of fp16."
+            )
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must be at least 0.")
         _ = self.attack

@@ -27,8 +27,8 @@ NEEDED = ("config.json", "preprocessor_config.json", "modeling.py")
 RECORD = ("pruning_plan.json", "robustness_report.json", "mrs.png", "README.md")
 # fmt: off
 SETTINGS = (
-    "objective", "beta", "norm", "eps", "num_steps", "optim", "learning_rate", "weight_decay", "lr_scheduler_type",
-    "per_device_train_batch_size", "num_train_epochs", "crop_padding", "horizontal_flip",
+    "objective", "beta", "awp_gamma", "ema_decay", "norm", "eps", "num_steps", "optim", "learning_rate", "weight_decay",
+    "lr_scheduler_type", "per_device_train_batch_size", "num_train_epochs", "crop_padding", "horizontal_flip",
 )
 # fmt: on
 # Stands in the load snippet of a card that was rendered before anybody knew the id.

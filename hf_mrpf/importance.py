@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Batches = Iterable[tuple[Tensor, Tensor]]
 # Elements that are squared at a time: 1 MB.
 _SQUARES = 2**18
+_NO_IMAGES = "importance {!r} needs images to take gradients on; batches are empty."
 
 
 def magnitude(
@@ -115,6 +116,45 @@ def hessian(
         return _score(GroupHessianImportance(), groups)
 
 
+def fisher(
+    model: nn.Module, groups: Mapping[str, "Group"], batches: Batches, seed: int, processes: Processes | None = None
+) -> dict[str, Tensor]:
+    """
+    Second-order change of the adversarial cross-entropy where a gate on the channel closes: half the mean over images
+    of the squared derivative of one image's loss by that gate, which stands at 1 ([Fisher
+    pruning](https://huggingface.co/papers/1801.05787)).
+
+    One gate is shared by all layers that read the channel, so that their derivatives are summed before the square
+    ([Group Fisher](https://huggingface.co/papers/2108.00708)); where the unit has no layer that reads, as for queries
+    and keys, it is on what is written. Scores are in nats and compare between units. Arguments and result as for
+    [`magnitude`]; `batches` must not be empty. One forward and one backward pass an image.
+    """
+    own = {id(parameter) for parameter in model.parameters()}
+    sides = {name: _gated_sides(group, own) for name, group in groups.items()}
+    totals = {name: torch.zeros(len(counts)) for name, (_, counts) in sides.items()}
+    processes, count = processes or Processes(), 0
+    with _borrowed_gradients(model) as parameters:
+        device = parameters[0].device
+        for images, labels in batches:
+            # Alone, since a layer may see parts of images, such as windows, where others see the batch.
+            for image, label in zip(images.split(1), labels.split(1), strict=True):
+                loss = F.cross_entropy(logits_of(model(image)), label)
+                found = torch.autograd.grad(loss, parameters, allow_unused=True)
+                gradients = {id(parameter): gradient for parameter, gradient in zip(parameters, found, strict=True)}
+                for name, (items, counts) in sides.items():
+                    totals[name] += (_by_gate(items, len(counts), gradients) / counts).square()
+                count += 1
+    sums = [total.to(device) for total in totals.values()]
+    processes.sum_(sums)
+    count = sum(processes.gather(count))
+    if count == 0:
+        raise ValueError(_NO_IMAGES.format("fisher"))
+    scores = {name: (total / (2 * count)).cpu() for name, total in zip(totals, sums, strict=True)}
+    for name, score in scores.items():
+        _check_finite(name, score)
+    return scores
+
+
 def get_importance(name: str) -> Callable[..., dict[str, Tensor]]:
     """The importance function of that name; a ValueError lists the known ones."""
     if name not in IMPORTANCES:
@@ -159,16 +199,60 @@ def _score(importance: "Importance", groups: Mapping[str, "Group"]) -> dict[str,
         score = importance(group).detach().float().cpu()
         if score.isnan().all():
             score = torch.zeros_like(score)
-        if not score.isfinite().all():
-            raise ValueError(f"the importance of unit {name!r} is not finite; are its weights?")
+        _check_finite(name, score)
         scores[name] = score
     return scores
+
+
+def _check_finite(unit: str, score: Tensor) -> None:
+    if not score.isfinite().all():
+        raise ValueError(f"the importance of unit {unit!r} is not finite; are its weights?")
+
+
+def _reads(item: Any) -> bool:
+    import torch_pruning as tp
+
+    return item.dep.pruning_fn in (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
+
+
+def _gated_sides(group: "Group", own: set[int]) -> tuple[list, Tensor]:
+    """Where the gates of a group are, and for each how many copies of the channel to average its derivative over."""
+    width = 1 + max(group[0].root_idxs)
+    if reading := [item for item in group.items if _reads(item)]:
+        return reading, torch.ones(width)
+    # Of a product, the derivative by a gate on either factor is that by a gate on the product.
+    writing = [item for item in group.items if item.dep.layer.weight.ndim > 1 and id(item.dep.layer.weight) in own]
+    counts = torch.zeros(width)
+    for item in writing:
+        counts.index_add_(0, torch.tensor(item.root_idxs), torch.ones(len(item.root_idxs)))
+    return writing, counts
+
+
+def _by_gate(items: list, width: int, gradients: Mapping[int, Tensor | None]) -> Tensor:
+    """Derivative of a loss by a gate on each channel: the sum of weight * gradient over what the gate scales."""
+    total = torch.zeros(width)
+    for item in items:
+        layer, derivative = item.dep.layer, None
+        gradient = gradients.get(id(layer.weight))
+        if gradient is None:
+            continue
+        products = layer.weight.detach() * gradient
+        if _reads(item):
+            parts = getattr(layer, "groups", 1)
+            derivative = products.reshape(parts, -1, products.shape[1], products[0, 0].numel()).sum((1, 3)).flatten()
+        else:
+            derivative = products.flatten(1).sum(1)
+            if layer.bias is not None and (bias := gradients.get(id(layer.bias))) is not None:
+                derivative = derivative + layer.bias.detach() * bias
+        own = derivative[torch.tensor(item.idxs, device=derivative.device)]
+        total.index_add_(0, torch.tensor(item.root_idxs), own.float().cpu())
+    return total
 
 
 def _complete(parameters: list[nn.Parameter], count: int, name: str, processes: Processes) -> None:
     """Sums `.grad` over the processes. The classes read every weight's: where the loss does not reach, it is zero."""
     if sum(processes.gather(count)) == 0:
-        raise ValueError(f"importance {name!r} needs images to take gradients on; batches are empty.")
+        raise ValueError(_NO_IMAGES.format(name))
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -198,4 +282,5 @@ IMPORTANCES: dict[str, Callable[..., dict[str, Tensor]]] = {
     "taylor": taylor,
     "hessian": hessian,
     "lamp": lamp,
+    "fisher": fisher,
 }

@@ -75,7 +75,7 @@ def trades(
         adversarial_images (`Tensor` of shape `[N, 3, H, W]`, *optional*):
             Taken instead of running an attack.
         teacher (`nn.Module`, *optional*):
-            Not used by this objective.
+            Read by [`rslad`] alone.
 
     Returns:
         [`ObjectiveOutput`] with every field.
@@ -124,6 +124,92 @@ def pgd(
     return ObjectiveOutput(loss, None, adversarial_logits, adversarial_images)
 
 
+def mart(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    attack: AttackConfig,
+    *,
+    beta: float = 6.0,
+    attacked: nn.Module | None = None,
+    adversarial_images: Tensor | None = None,
+    teacher: nn.Module | None = None,
+) -> ObjectiveOutput:
+    """
+    Misclassification-aware adversarial training, Alg. 1 of [Wang et al., ICLR
+    2020](https://openreview.net/forum?id=rklOg6EFwS): `BCE(p(x_adv), y) + beta * (1 - p_y(x)) * KL(p(x) || p(x_adv))`.
+
+    The boosted cross-entropy `BCE(p, y) = -log p_y - log(1 - max_{k != y} p_k)` also keeps the strongest other class
+    down; images that are misclassified without any attack weigh most in the KL. The attack is that of [`pgd`], on the
+    cross-entropy. Gradients pass through the weight and both arguments of the KL. Arguments as in [`trades`]; the paper
+    calls `beta` lambda and takes 5, its published code 6.
+
+    Returns:
+        [`ObjectiveOutput`] with every field.
+    """
+    if adversarial_images is None:
+        adversarial_images = pgd_attack(_attacked(model, attacked), images, labels, attack)
+    logits, adversarial_logits = logits_of(model(images)), logits_of(model(adversarial_images))
+    clean, adversarial = F.log_softmax(logits, 1), F.log_softmax(adversarial_logits, 1)
+    own = labels[:, None]
+    other = adversarial.scatter(1, own, -torch.inf).argmax(1, keepdim=True)
+    # As a sum over the other classes, since 1 - p would round to 0 where the network is sure.
+    boosted = F.nll_loss(adversarial, labels) - adversarial.scatter(1, other, -torch.inf).logsumexp(1).mean()
+    divergences = F.kl_div(adversarial, clean, reduction="none", log_target=True).sum(1)
+    weights = -torch.expm1(clean.gather(1, own)).squeeze(1)
+    loss = boosted + beta * (weights * divergences).mean()
+    return ObjectiveOutput(loss, logits, adversarial_logits, adversarial_images)
+
+
+def rslad(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    attack: AttackConfig,
+    *,
+    beta: float = 6.0,
+    attacked: nn.Module | None = None,
+    adversarial_images: Tensor | None = None,
+    teacher: nn.Module | None = None,
+) -> ObjectiveOutput:
+    """
+    Robust soft-label adversarial distillation, [Zi et al.](https://huggingface.co/papers/2108.07969):
+    `1/6 * KL(t(x) || f(x)) + 5/6 * KL(t(x) || f(x_adv))`, for recovery of a pruned network from its dense parent.
+
+    The teacher `t` sees clean images alone, in eval mode and without gradient; its prediction also is what the attack
+    drives `f(x_adv)` away from, by the KL, from the start of [`trades`]. No label is used. Arguments as in [`trades`];
+    `beta` is not used, and the weights are the paper's.
+
+    Args:
+        teacher (`nn.Module`):
+            A robust network with the same classes, on the device of the images: in a pruning run the dense parent.
+
+    Returns:
+        [`ObjectiveOutput`] with every field.
+
+    Raises:
+        ValueError: If there is no teacher, it has other classes, or the images to attack are no float pixels in [0, 1].
+    """
+    if teacher is None:
+        raise ValueError(
+            "objective 'rslad' distils from a teacher and none was given; give the dense, robust parent: "
+            "MRPFTrainer(..., teacher=dense)."
+        )
+    with torch.no_grad(), eval_mode(teacher):
+        soft = logits_of(teacher(images))
+    if adversarial_images is None:
+        check_pixels(images)
+        start = images + 0.001 * torch.randn_like(images)
+        adversarial_images = pgd_attack(_attacked(model, attacked), images, soft, attack, loss="kl", start=start)
+    logits, adversarial_logits = logits_of(model(images)), logits_of(model(adversarial_images))
+    if logits.shape != soft.shape:
+        raise ValueError(
+            f"The teacher has {soft.shape[1]} classes and the model {logits.shape[1]}; give one with the same."
+        )
+    divergences = kl_divergence(logits, soft) / 6 + kl_divergence(adversarial_logits, soft) * 5 / 6
+    return ObjectiveOutput(divergences / len(images), logits, adversarial_logits, adversarial_images)
+
+
 def standard(
     model: nn.Module,
     images: Tensor,
@@ -170,4 +256,4 @@ def _attacked(model: nn.Module, attacked: nn.Module | None) -> nn.Module:
     return model.module if isinstance(model, wrappers) else model
 
 
-OBJECTIVES: dict[str, Objective] = {"trades": trades, "pgd": pgd, "standard": standard}
+OBJECTIVES: dict[str, Objective] = {"trades": trades, "pgd": pgd, "mart": mart, "rslad": rslad, "standard": standard}

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -85,8 +85,8 @@ def plan_pruning(
             How members' scores make a unit's: `"sum"`, `"max"`, `"mean"`, or `"joint"`, which perturbs all members of a
             unit together and so needs `batches` and `attack`, or scores by unit name.
         importance (`str`, *optional*, defaults to `"magnitude"`):
-            A key of `IMPORTANCES`: which channels of a unit go first. `"taylor"` and `"hessian"` need `batches` and
-            `attack`.
+            A key of `IMPORTANCES`: which channels of a unit go first. `"taylor"`, `"hessian"` and `"fisher"` need
+            `batches` and `attack`.
         batches (`Iterable[tuple[Tensor, Tensor]]`, *optional*):
             Calibration sets `(images [N, 3, H, W] in [0, 1], labels [N])`.
         attack ([`AttackConfig`], *optional*):
@@ -125,12 +125,11 @@ def plan_pruning(
     """
     allocate, score_channels = get_allocation(allocation), get_importance(importance)
     _check_options(target, target_metric, combine, max_ratio, min_channels, round_to, latency_batch_size, seed, heads)
-    data_driven = importance in ("taylor", "hessian")
     calibration = None if batches is None or attack is None else (list(batches), attack)
-    if calibration is None and ((allocation == "mrs" and scores is None) or data_driven):
-        purpose = f"importance {importance!r}" if data_driven else "allocation 'mrs'"
-        given = "batches and attack" if data_driven else "scores, or batches and attack to measure them on"
-        raise ValueError(f"{purpose} needs {given}; none or only one was given.")
+    if calibration is None and allocation == "mrs" and scores is None:
+        raise ValueError(
+            "allocation 'mrs' needs scores, or batches and attack to measure them on; none or only one was given."
+        )
     if not _sums_are_finite(model):
         check_finite_weights(model)
     graph = trace_units(model, example, heads=heads)
@@ -156,10 +155,8 @@ def plan_pruning(
     if scores is not None:
         module_scores, unit_scores = _scores_by_unit(model, graph, scores, combine)
     processes = Processes.of(distributed)
-    attacked: Batches = ()
-    if data_driven and calibration is not None:
-        parts = attacked_batches(model, *calibration, seed=seed, processes=processes)
-        attacked = ((part.adversarial, part.labels) for part in parts)
+    # Nothing is attacked unless the importance reads it.
+    attacked = _attacked(model, calibration, importance, seed, processes)
     importances = score_channels(model, graph.groups, attacked, seed, processes)
 
     order = {unit.name: unit_scores.get(unit.name, 0.0) for unit in free}
@@ -310,6 +307,15 @@ def _check_options(
         if not isinstance(number, int) or isinstance(number, bool) or number < least:
             other = ", or 'auto'," if name == "round_to" else ""
             raise ValueError(f"{name} is {number!r}; an integer of at least {least}{other} is needed.")
+
+
+def _attacked(
+    model: nn.Module, calibration: tuple[list, AttackConfig] | None, importance: str, seed: int, processes: Processes
+) -> Iterator[tuple[Tensor, Tensor]]:
+    if calibration is None:
+        raise ValueError(f"importance {importance!r} needs batches and attack; none or only one was given.")
+    for part in attacked_batches(model, *calibration, seed=seed, processes=processes):
+        yield part.adversarial, part.labels
 
 
 def _sums_are_finite(model: nn.Module) -> bool:

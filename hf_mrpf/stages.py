@@ -25,9 +25,9 @@ from .stage_lines import pruned_before, stage_line, training_figures
 from .trainer import MRPFTrainer
 
 
-def make_trainer(model, data: ImageData, args: MRPFConfig) -> MRPFTrainer:
+def make_trainer(model, data: ImageData, args: MRPFConfig, teacher=None) -> MRPFTrainer:
     """The trainer of a stage: progress bars, but no line an epoch; TensorBoard's files stay when checkpoints go."""
-    trainer = MRPFTrainer(model=model, args=args, train_dataset=data.train, eval_dataset=data.validation)
+    trainer = MRPFTrainer(model, args, train_dataset=data.train, eval_dataset=data.validation, teacher=teacher)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(StageProgress())
     trainer.add_callback(StopBetweenSteps())
@@ -106,10 +106,10 @@ def place_to_go_on(folder: Path, args: MRPFConfig) -> Path | None:
     return processes.from_main(place)
 
 
-def train(run: RunFolder, stage: str, model, data: ImageData, args: MRPFConfig, **changes) -> tuple:
+def train(run: RunFolder, stage: str, model, data: ImageData, args: MRPFConfig, teacher=None, **changes) -> tuple:
     """Trains `model` in the stage's own folder; goes on from a checkpoint where there is one."""
     folder = run.stage(stage) / "training"
-    trainer = make_trainer(model, data, stage_arguments(run, stage, args, **changes))
+    trainer = make_trainer(model, data, stage_arguments(run, stage, args, **changes), teacher)
     last = place_to_go_on(folder, args)
     start = time.perf_counter()
     with stopping_between_steps():
@@ -170,6 +170,11 @@ def tell(stage: str, result: dict, args: MRPFConfig) -> None:
     say(args, stage_line(stage, result["figures"], "" if result.get("epochs", 1) else "taken as it is"))
 
 
+def dense_objective(objective: str) -> str:
+    """What the dense model is trained by: the teacher of the others has none of its own."""
+    return "trades" if objective == "rslad" else objective
+
+
 def dense_stage(run: RunFolder, model, data: ImageData, model_args: ModelArguments, args: MRPFConfig):
     """The robust dense parent: trained here, or the trained model that was named."""
     if finished := finished_model(run, "dense", args):
@@ -186,9 +191,11 @@ def dense_stage(run: RunFolder, model, data: ImageData, model_args: ModelArgumen
         epochs = 0 if own and own.num_labels == model.config.num_labels else 20
     result: dict[str, Any] = {"epochs": 0}
     if epochs:
-        model, result = train(run, "dense", model, data, args, num_train_epochs=epochs)
+        model, result = train(
+            run, "dense", model, data, args, num_train_epochs=epochs, objective=dense_objective(args.objective)
+        )
     result["start"] = start
-    result["figures"] = training_figures(args.objective, result)
+    result["figures"] = training_figures(dense_objective(args.objective), result)
     model = finish(run, "dense", model, result, args)
     tell("dense", result, args)
     return model
@@ -203,11 +210,12 @@ def trained_stage(
     epochs: float | None = None,
     *,
     after: str,
+    teacher: PrunedForImageClassification | None = None,
 ) -> PrunedForImageClassification:
     """
     A copy of `model` after adversarial training, of `epochs` or else of what `args` say; with none, as it is.
 
-    `after` is the stage that pruned it, whose shares kept the line of this one repeats.
+    `after` is the stage that pruned it, whose shares kept the line of this one repeats, and `teacher` the dense parent.
     """
     if finished := finished_model(run, stage, args):
         return finished
@@ -216,7 +224,7 @@ def trained_stage(
     result: dict[str, Any] = {"epochs": 0}
     model = copy.deepcopy(model)
     if wanted:
-        model, result = train(run, stage, model, data, args, **changes)
+        model, result = train(run, stage, model, data, args, teacher, **changes)
     result["figures"] = training_figures(args.objective, result, pruned_before(run.stage_result(after)))
     model = finish(run, stage, model, result, args)
     tell(stage, result, args)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCall
 
 from .attacks import eval_mode, logits_of
 from .augmentation import augment, mirror_keeps_class
+from .averaging import AveragingTrainer
 from .batchnorm import average_statistics, recalibrate_batchnorm
 from .callbacks import SeedEachRank
 from .checkpoints import best_beside, check_complete, discard, mark_complete, newest_complete, rotate
@@ -23,8 +24,7 @@ from .data import calibration_batches, stratified_subset
 from .efficiency import count_macs, count_parameters
 from .faults import is_out_of_memory, out_of_memory
 from .loader import PixelRows, as_float, batches, collate_pixels, with_index
-from .measuring import MeasuringTrainer
-from .objectives import Objective, get_objective
+from .objectives import Objective, ObjectiveOutput, get_objective
 from .pixels import as_pixel_dataset
 from .plan import PruningPlan, removed_fraction
 from .processes import Processes, check_same_model
@@ -33,6 +33,7 @@ from .pruning import plan_pruning, prune
 from .repair import RepairReport, repair
 from .sensitivity import check_finite_weights, module_robustness_sensitivity
 from .units import pruning_units
+from .weight_perturbation import adversarial_weights
 
 # What each step of pruning is reported with.
 MEASURED = ("accuracy", "robust_accuracy", "adversarial_loss_gap")
@@ -46,7 +47,7 @@ class AverageBatchNorm(TrainerCallback):
         average_statistics(kwargs["model"], Processes.of(args.world_size > 1))
 
 
-class MRPFTrainer(MeasuringTrainer):
+class MRPFTrainer(AveragingTrainer):
     r"""
     `Trainer` with `prune()`: Module Robustness Sensitivity, structured removal, repair; then adversarial fine-tuning.
 
@@ -66,13 +67,16 @@ class MRPFTrainer(MeasuringTrainer):
             The validation split, in the same schema; never the test split.
         compute_metrics (`Callable`, *optional*):
             Further metrics, of the clean logits, as in [`~transformers.Trainer`].
+        teacher (`torch.nn.Module`, *optional*):
+            What the objective `rslad` distils from: a robust network with the same classes, such as the dense parent.
+            It is moved to the device of the model and never changed.
 
     Attributes:
         horizontal_flip (`bool`):
             Whether training mirrors images: what `args` say, or else what the class names say (digits are not).
 
     Raises:
-        ValueError: where weights are not finite, or a label lies outside the model's classes.
+        ValueError: where weights are not finite, a label lies outside the model's classes, or `teacher` is `model`.
     """
 
     args: MRPFConfig
@@ -84,11 +88,16 @@ class MRPFTrainer(MeasuringTrainer):
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         compute_metrics=None,
+        teacher: nn.Module | None = None,
         **kwargs,
     ):
         if not isinstance(args, MRPFConfig):
             raise ValueError(f"args is a {type(args).__name__}; MRPFTrainer needs an MRPFConfig.")
         check_finite_weights(model)
+        if teacher is not None and teacher is model:
+            raise ValueError("teacher is the model that is trained; give another one, or copy.deepcopy(model).")
+        self.teacher = teacher if teacher is None else teacher.to(args.device)
+        self._until_backward: contextlib.ExitStack | None = None
         self._image_size = getattr(getattr(model, "config", None), "image_size", None)
         self._num_labels = getattr(getattr(model, "config", None), "num_labels", None)
         self.objective: Objective = get_objective(args.objective)
@@ -350,21 +359,51 @@ class MRPFTrainer(MeasuringTrainer):
         images, labels = inputs["pixel_values"], inputs["labels"]
         if model.training:
             images = augment(images, padding=self.args.crop_padding, flip=self.horizontal_flip)
+        found = {}
+        if self._until_backward is not None and self.args.awp_gamma is not None:
+            found = self._perturb_weights(self._until_backward, self.args.awp_gamma, model, images, labels)
+        output = self._objective_on(model, images, labels, **found)
+        if model.training:
+            self._meter.add(output, labels)
+        return (output.loss, {"logits": output.logits}) if return_outputs else output.loss
+
+    def _objective_on(self, model: nn.Module, images, labels, **found: Any) -> ObjectiveOutput:
+        if self.teacher is not None:
+            found["teacher"] = self.teacher
+        attacked = self.accelerator.unwrap_model(model)
         output = self.objective(
-            model,
-            images,
-            labels,
-            self.args.attack,
-            beta=self.args.beta,
-            attacked=self.accelerator.unwrap_model(model),
+            model, images, labels, self.args.attack, beta=self.args.beta, attacked=attacked, **found
         )
         if not isinstance(getattr(output, "loss", None), torch.Tensor):
             raise ValueError(f"The objective returned a {type(output).__name__}; it must return an ObjectiveOutput.")
         if not torch.isfinite(output.loss):
             self._stop(f"The loss is {output.loss.item()} at step {self.state.global_step + 1}")
-        if model.training:
-            self._meter.add(output, labels)
-        return (output.loss, {"logits": output.logits}) if return_outputs else output.loss
+        return output
+
+    def _perturb_weights(
+        self, until: contextlib.ExitStack, gamma: float, model: nn.Module, images, labels
+    ) -> dict[str, Any]:
+        """Puts the weights where the objective is worse, until the backward pass is done; the images it attacked."""
+        bare = self.accelerator.unwrap_model(model)
+        outputs: list[ObjectiveOutput] = []
+
+        def loss() -> torch.Tensor:
+            outputs.append(self._objective_on(bare, images, labels))
+            return outputs[0].loss
+
+        processes = Processes.of(self.args.world_size > 1)
+        until.enter_context(adversarial_weights(bare, loss, gamma, processes))
+        return {"adversarial_images": outputs[0].adversarial_images}
+
+    def training_step(self, *args, **kwargs):
+        """As in `Trainer`; weights that were perturbed for it are back before the optimizer moves them."""
+        if self.args.awp_gamma is None:
+            return super().training_step(*args, **kwargs)
+        try:
+            with contextlib.ExitStack() as self._until_backward:
+                return super().training_step(*args, **kwargs)
+        finally:
+            self._until_backward = None
 
     def _stop(self, reason: str) -> None:
         raise ValueError(

@@ -68,6 +68,7 @@ from hf_mrpf.run_folder import RunFolder, write_json
 from hf_mrpf.stage_lines import evaluation_figures, pruning_figures, stage_line, training_figures
 from hf_mrpf.stages import (
     check_forced_place,
+    dense_objective,
     dense_stage,
     finish,
     finished_model,
@@ -117,7 +118,7 @@ def main() -> None:
         dense = dense_stage(run, model, data, model_args, args)
         control = control_stage(run, model.config, data, model_args, args)
         pruned, plans = pruning_rounds(run, dense, data, round_args, args)
-        finetuned = trained_stage(run, "fine-tuned", pruned, data, args, after="pruned")
+        finetuned = trained_stage(run, "fine-tuned", pruned, data, args, after="pruned", teacher=dense)
         models = {"dense": dense, "pruned": pruned, "fine-tuned": finetuned}
         reports = test_reports(run, models | ({"control": control} if control else {}), data, args)
         if args.process_index == 0:
@@ -166,7 +167,7 @@ def control_stage(run: RunFolder, config, data: ImageData, model_args: ModelArgu
         return finished
     torch.manual_seed(args.seed)
     model = PrunedForImageClassification(config).to(args.device)
-    changes = {"objective": "standard", "num_train_epochs": model_args.control_epochs}
+    changes = {"objective": "standard", "awp_gamma": None, "num_train_epochs": model_args.control_epochs}
     changes |= {"load_best_model_at_end": False, "eval_strategy": "no"}
     model, result = train(run, "control", model, data, args, **changes)
     result["figures"] = training_figures("standard", result)
@@ -185,7 +186,9 @@ def pruning_rounds(run: RunFolder, dense, data: ImageData, round_args: RoundArgu
         dense_size = plans[0].before
         kept = share_left(plans, args.target_metric)
         if number < round_args.pruning_rounds:
-            model = trained_stage(run, recovery, model, data, args, round_args.recovery_epochs, after=stage)
+            model = trained_stage(
+                run, recovery, model, data, args, round_args.recovery_epochs, after=stage, teacher=dense
+            )
     return model, plans
 
 
@@ -328,9 +331,12 @@ def round_figures(pruned: dict, after: dict, args: MRPFConfig) -> dict[str, dict
 
 def card_info(model, plans, reports, rows, stages, data: ImageData, args: MRPFConfig) -> CardInfo:
     """Everything the model card of the result says."""
-    names = ("objective", "beta", "norm", "eps", "num_steps", "optim", "learning_rate", "weight_decay")
-    names += ("lr_scheduler_type", "per_device_train_batch_size", "crop_padding", "horizontal_flip")
-    settings = {name: str(getattr(value := getattr(args, name), "value", value)) for name in names}
+    names = ("objective", "beta", "awp_gamma", "ema_decay", "norm", "eps", "num_steps", "optim", "learning_rate")
+    names += ("weight_decay", "lr_scheduler_type", "per_device_train_batch_size", "crop_padding", "horizontal_flip")
+    values = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    settings = {name: str(getattr(value, "value", value)) for name, value in values.items()}
+    if dense_objective(args.objective) != args.objective:
+        settings |= {"objective of the dense model": dense_objective(args.objective)}
     settings |= {f"epochs of the {stage} model": stages[stage]["epochs"] for stage in ("dense", "fine-tuned")}
     settings |= {
         f"time of the {stage} stage": f"{result['seconds']:,} s"

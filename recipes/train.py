@@ -65,6 +65,11 @@ NOTE = (
 
 def main() -> None:
     data_args, model_args, run_args, args = ARGUMENTS or parse_arguments()
+    if args.objective == "rslad":
+        raise ValueError(
+            "--objective rslad distils from a dense parent, and this recipe trains one; give it to recipes/prune.py, "
+            "or another objective here."
+        )
     check_world_size(args.world_size, run_args.expected_world_size)
     announce(args)
     quieten()

@@ -111,7 +111,7 @@ def measured(net, sets, distributed):
             net, example, scores=scores["ascent"], importance=importance, batches=sets, attack=ATTACK,
             distributed=distributed,
         )
-        for importance in ("taylor", "hessian")
+        for importance in ("taylor", "hessian", "fisher")
     }  # fmt: skip
     pruned = prune(copy.deepcopy(net), plans["taylor"])
     repaired = repair(pruned, net, plans["taylor"], sets, ATTACK, distributed=distributed)
@@ -299,7 +299,7 @@ def plain_net():
     return nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 10))
 
 
-def steps_of(folder, data, batch_size):
+def steps_of(folder, data, batch_size, switches):
     """Weights after two steps of PGD training without any randomness but the order of the data."""
     args = MRPFConfig(
         output_dir=str(folder),
@@ -309,16 +309,17 @@ def steps_of(folder, data, batch_size):
         horizontal_flip=False,
         max_steps=2,
         per_device_train_batch_size=batch_size,
-        **quick(),
+        **quick(**switches),
     )
     trainer = MRPFTrainer(plain_net(), args, data.train)
     trainer.train()
     return torch.cat([parameter.detach().cpu().flatten() for parameter in trainer.model.parameters()])
 
 
-def test_two_processes_at_a_batch_take_the_steps_of_one_at_twice_the_batch(tmp_path, data, backend):
-    (alone,) = on_processes(1, steps_of, tmp_path, data, 16, backend=backend)
-    first, second = on_processes(2, steps_of, tmp_path, data, 8, backend=backend)
+@pytest.mark.parametrize("switches", [{}, {"awp_gamma": 0.05, "ema_decay": 0.6}], ids=["plain", "AWP and EMA"])
+def test_two_processes_at_a_batch_take_the_steps_of_one_at_twice_the_batch(tmp_path, data, backend, switches):
+    (alone,) = on_processes(1, steps_of, tmp_path, data, 16, switches, backend=backend)
+    first, second = on_processes(2, steps_of, tmp_path, data, 8, switches, backend=backend)
     start = torch.cat([parameter.detach().flatten() for parameter in plain_net().parameters()])
     assert torch.equal(first, second)
     torch.testing.assert_close(first, alone, rtol=0, atol=1e-6)

@@ -336,7 +336,7 @@ def test_repair_refits_queries_at_the_scale_of_their_narrower_heads():
             )
 
 
-@pytest.mark.parametrize("importance", ["magnitude", "taylor", "hessian", "lamp"])
+@pytest.mark.parametrize("importance", ["magnitude", "taylor", "hessian", "lamp", "fisher"])
 @pytest.mark.parametrize("heads", [False, True])
 def test_importances_know_attention(importance, heads):
     model = network(FAST["timm ViT"])

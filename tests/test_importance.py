@@ -81,13 +81,60 @@ def test_hessian_averages_squared_gradients_of_every_single_image():
     torch.testing.assert_close(scores["conv"], rows(products, "conv.weight", "norm.weight", "hidden.weight"))
 
 
-def test_lamp_orders_channels_as_magnitude_does_and_gives_the_largest_one():
+def test_lamp_divides_a_norm_by_the_sum_of_all_that_are_at_least_as_large():
     model = Chain()
     groups = traced(model)
     lamp, magnitude = (IMPORTANCES[name](model, groups, (), 0) for name in ("lamp", "magnitude"))
-    for unit in groups:
-        assert torch.equal(lamp[unit].argsort(), magnitude[unit].argsort())
-        assert lamp[unit].max().item() == pytest.approx(1, abs=1e-5)
+    for unit, squares in magnitude.items():
+        expected = torch.stack([square / squares[squares >= square].sum() for square in squares])
+        torch.testing.assert_close(lamp[unit], expected)
+
+
+class Gated(nn.Module):
+    """Two convolutions write a stream that two others and a grouped one read; gates stand on the stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 6, 3), nn.Conv2d(3, 6, 3)
+        self.norm = nn.BatchNorm2d(6)
+        self.grouped, self.plain = nn.Conv2d(6, 4, 3, groups=2), nn.Conv2d(6, 4, 3)
+        self.classes = nn.Linear(4, 3)
+        self.gates = None
+
+    def forward(self, images):
+        stream = torch.relu(self.norm(self.left(images) + self.right(images)))
+        if self.gates is not None:
+            stream = stream * self.gates[:, :, None, None]
+        return self.classes(torch.relu(self.grouped(stream) + self.plain(stream)).mean((2, 3)))
+
+
+def test_fisher_is_half_the_mean_square_of_the_derivative_by_a_gate_that_all_readers_share():
+    torch.manual_seed(0)
+    model = Gated().eval()
+    images, labels = torch.rand(5, 3, 8, 8), torch.randint(3, (5,))
+    scores = IMPORTANCES["fisher"](model, traced(model), [(images[:2], labels[:2]), (images[2:], labels[2:])], 0)
+    model.gates = torch.ones(5, 6, requires_grad=True)  # one an image: no image sees another in eval mode
+    loss = F.cross_entropy(model(images), labels, reduction="sum")
+    (derivatives,) = torch.autograd.grad(loss, model.gates)
+    both = derivatives[:, :3] + derivatives[:, 3:]  # the same channel of either group goes with the other
+    torch.testing.assert_close(scores["left"], (both**2).sum(0) / (2 * 5), rtol=1e-4, atol=0)
+
+
+def test_fisher_of_queries_and_keys_is_that_of_a_gate_on_their_products():
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2)
+    model.reset_classifier(3)
+    model.eval()
+    images, labels = torch.rand(3, 3, 8, 8), torch.randint(3, (3,))
+    scores = IMPORTANCES["fisher"](model, traced(model), [(images, labels)], 0)
+    gates = torch.ones(3, 3, 8, requires_grad=True)  # image, which of q, k, v, channel
+    scale = torch.stack([gates[:, 0], torch.ones(3, 8), gates[:, 2]], 1).flatten(1)
+    model.blocks[0].attn.qkv.register_forward_hook(lambda module, inputs, output: output * scale[:, None])
+    loss = F.cross_entropy(model(images), labels, reduction="sum")
+    (derivatives,) = torch.autograd.grad(loss, gates)
+    expected = (derivatives**2).mean(0) / 2
+    torch.testing.assert_close(scores["blocks.0.attn:qk"], expected[0], rtol=1e-3, atol=1e-12)
+    torch.testing.assert_close(scores["blocks.0.attn:v"], expected[2], rtol=1e-3, atol=1e-12)
 
 
 def test_random_is_seeded_and_leaves_the_random_state():
@@ -126,7 +173,7 @@ def test_a_unit_of_zeros_has_no_preference_and_nan_is_refused():
         IMPORTANCES["magnitude"](model, traced(model), (), 0)
 
 
-@pytest.mark.parametrize("name", ["taylor", "hessian"])
+@pytest.mark.parametrize("name", ["taylor", "hessian", "fisher"])
 def test_gradients_need_images(name):
     model = Chain()
     with pytest.raises(ValueError, match=f"importance '{name}' needs images"):

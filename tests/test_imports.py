@@ -69,6 +69,8 @@ FLOORS = {
     "logs": 3,
     "callbacks": 4,
     "measuring": 5.5,
+    "averaging": 5.7,
+    "weight_perturbation": 0.2,
     "trainer": 6,
     "interruption": 0,
     "cli": 4,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_mrpf.attacks import AttackConfig, pgd_attack
-from hf_mrpf.objectives import OBJECTIVES, ObjectiveOutput, get_objective, pgd, standard, trades
+from hf_mrpf.objectives import OBJECTIVES, ObjectiveOutput, get_objective, mart, pgd, rslad, standard, trades
 
 ATTACK = AttackConfig(eps=0.1, step_size=0.03, num_steps=4)
 
@@ -95,27 +95,99 @@ def test_trades_draws_its_noise_once_from_the_global_generator():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_trades_is_finite_for_sure_logits():
+def published_mart(logits, adversarial_logits, labels, beta):
+    """Eq. by eq. from probabilities, as in the paper, image by image."""
+    total = 0.0
+    for clean, adversarial, label in zip(logits.softmax(1), adversarial_logits.softmax(1), labels, strict=True):
+        strongest = max(adversarial[k] for k in range(len(adversarial)) if k != label)
+        boosted = -torch.log(adversarial[label]) - torch.log(1 - strongest)
+        divergence = sum(clean[k] * torch.log(clean[k] / adversarial[k]) for k in range(len(clean)))
+        total = total + boosted + beta * divergence * (1 - clean[label])
+    return total / len(labels)
+
+
+@pytest.mark.parametrize("beta", [1.0, 6.0])
+def test_mart_equals_the_published_formula(beta):
+    net, images, labels = net_and_data()
+    reference = copy.deepcopy(net)
+    torch.manual_seed(5)
+    adversarial = pgd_attack(net, images, labels, ATTACK)
+    torch.manual_seed(5)
+    output = mart(net, images, labels, ATTACK, beta=beta)
+    assert torch.equal(output.adversarial_images, adversarial)
+    expected = published_mart(reference(images), reference(adversarial), labels, beta)
+    output.loss.backward()
+    expected.backward()
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-10)
+    for (name, ours), theirs in zip(net.named_parameters(), reference.parameters(), strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-9, atol=1e-10), name
+
+
+@pytest.mark.parametrize("objective", [trades, mart, rslad])
+def test_the_loss_is_finite_for_sure_logits(objective):
     net, images, labels = net_and_data()
     with torch.no_grad():
         net[-1].weight.mul_(1e4)
-    output = trades(net, images, labels, ATTACK)
+    output = objective(net, images, labels, ATTACK, teacher=copy.deepcopy(net).requires_grad_(False))
     output.loss.backward()
     assert output.loss.isfinite()
     assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
 
 
-@pytest.mark.parametrize("name", ["trades", "pgd", "standard"])
+def published_rslad(student, teacher, x, attack):
+    """Attack and loss on probabilities: both drive at the teacher's prediction of the clean images."""
+    soft = F.softmax(teacher(x), 1).detach()
+    criterion = nn.KLDivLoss(reduction="sum")
+    student.eval()
+    x_adv = x + 0.001 * torch.randn_like(x)
+    for _ in range(attack.num_steps):
+        x_adv.requires_grad_()
+        (grad,) = torch.autograd.grad(criterion(F.log_softmax(student(x_adv), 1), soft), [x_adv])
+        x_adv = x_adv.detach() + attack.step * torch.sign(grad)
+        x_adv = torch.min(torch.max(x_adv, x - attack.eps), x + attack.eps).clamp(0, 1)
+    student.train()
+    losses = [criterion(F.log_softmax(student(part), 1), soft) / len(x) for part in (x, x_adv)]
+    return losses[0] / 6 + losses[1] * 5 / 6, x_adv
+
+
+def test_rslad_equals_the_published_formula_and_leaves_the_teacher_alone():
+    net, images, labels = net_and_data()
+    teacher, _, _ = net_and_data()
+    reference, before = copy.deepcopy(net), copy.deepcopy(teacher.state_dict())
+    torch.manual_seed(7)
+    expected, expected_images = published_rslad(reference, copy.deepcopy(teacher).eval(), images, ATTACK)
+    expected.backward()
+    torch.manual_seed(7)
+    output = rslad(net, images, labels, ATTACK, teacher=teacher)
+    output.loss.backward()
+    assert torch.allclose(output.adversarial_images, expected_images, atol=1e-6)
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-10)
+    for (name, ours), theirs in zip(net.named_parameters(), reference.parameters(), strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-9, atol=1e-10), name
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert teacher.training and all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_rslad_needs_a_teacher_of_the_same_classes():
+    net, images, labels = net_and_data()
+    with pytest.raises(ValueError, match=r"none was given; give the dense, robust parent: MRPFTrainer\(..., teacher="):
+        rslad(net, images, labels, ATTACK)
+    fewer = nn.Sequential(nn.Flatten(), nn.Linear(192, 3)).double()
+    with pytest.raises(ValueError, match="teacher has 3 classes and the model 5"):
+        rslad(net, images, labels, ATTACK, teacher=fewer, adversarial_images=images)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_batch_norm_sees_only_the_training_forwards(name):
     net, images, labels = net_and_data()
-    before = net[1].num_batches_tracked.item()
-    OBJECTIVES[name](net, images, labels, ATTACK)
-    assert net[1].num_batches_tracked.item() - before == {"trades": 2, "pgd": 1, "standard": 1}[name]
+    before, teacher = net[1].num_batches_tracked.item(), copy.deepcopy(net)
+    OBJECTIVES[name](net, images, labels, ATTACK, teacher=teacher)
+    assert net[1].num_batches_tracked.item() - before == (1 if name in ("pgd", "standard") else 2)
     assert all(module.training for module in net.modules())
     # A frozen BatchNorm stays frozen, in the training forwards too.
     net[1].eval()
     statistics = net[1].running_mean.clone()
-    OBJECTIVES[name](net, images, labels, ATTACK)
+    OBJECTIVES[name](net, images, labels, ATTACK, teacher=teacher)
     assert torch.equal(net[1].running_mean, statistics)
     assert [module.training for module in net.modules()].count(False) == 1
 
@@ -199,6 +271,6 @@ def test_get_objective():
 
     assert get_objective(mine) is mine
     with pytest.raises(
-        ValueError, match="objective is 'trade'; known objectives: trades, pgd, standard, or any callable"
+        ValueError, match="objective is 'trade'; known objectives: trades, pgd, mart, rslad, standard, or any callable"
     ):
         get_objective("trade")

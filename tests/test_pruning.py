@@ -145,7 +145,7 @@ def test_scores_are_measured_on_batches_where_none_are_given(combine):
     assert PruningPlan.from_dict(plan.to_dict()).scores == plan.scores
 
 
-@pytest.mark.parametrize("importance", ["taylor", "hessian"])
+@pytest.mark.parametrize("importance", ["taylor", "hessian", "fisher"])
 def test_data_driven_importances_use_adversarial_images(importance):
     model = ConcatFlatten().eval()
     batches = [(torch.rand(6, 3, 8, 8), torch.randint(5, (6,)))]

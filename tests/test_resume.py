@@ -190,6 +190,30 @@ def test_kills_anywhere(recipe, whole, tmp_path, world_size, record_property):
     )
 
 
+@pytest.mark.slow
+def test_a_kill_with_a_teacher_an_average_and_perturbed_weights(recipe, tmp_path):
+    switches = ("--objective", "rslad", "--ema_decay", "0.8", "--awp_gamma", "0.01", "--importance", "fisher")
+    whole = recipe(tmp_path / "whole", *switches)
+    assert whole.statuses == [0], whole.output[-3000:]
+    assert "[dense] objective=trades" in whole.output and "[fine-tuned] objective=rslad" in whole.output
+    card = (tmp_path / "whole" / "README.md").read_text()
+    for name, value in (
+        ("objective", "rslad"), ("objective of the dense model", "trades"), ("ema_decay", "0.8"), ("awp_gamma", "0.01")
+    ):  # fmt: skip
+        assert f"| {name} | {value} |" in card
+    settings = json.loads((tmp_path / "whole" / "run.json").read_text())["settings"]
+    assert (settings["objective"], settings["ema_decay"], settings["awp_gamma"]) == ("rslad", 0.8, 0.01)
+    for stage, nth in (("dense", 3), ("fine-tuned", 3)):  # after the first checkpoint
+        number = number_of(whole, f"{stage} training", "before training_step", nth)
+        killed = recipe(tmp_path / stage, *switches, stop_at=number)
+        assert killed.statuses == [-signal.SIGKILL]
+        again = recipe(tmp_path / stage, *switches)
+        assert again.statuses == [0], again.output[-3000:]
+        assert "resumed_from=checkpoint-2" in again.output
+        for file in ("model.safetensors", "pruning_plan.json"):
+            assert (tmp_path / stage / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), (stage, file)
+
+
 def number_of(run: Run, phase: str, place: str, nth: int) -> int:
     """Number of the `nth` pass, from 1, of a place on the main process."""
     return [number for number, found in enumerate(run.places[0]) if found == (phase, place)][nth - 1]

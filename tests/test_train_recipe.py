@@ -101,6 +101,11 @@ def test_pruning_starts_from_it_without_training_it_again(trained, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_an_objective_that_needs_a_teacher_is_refused():
+    with pytest.raises(ValueError, match="rslad distils from a dense parent.*give it to recipes/prune.py"):
+        recipe("train", *TINY, "--objective", "rslad")
+
+
 def test_options_are_those_of_pruning_less_what_is_about_pruning(monkeypatch, capsys):
     data_args, model_args, run_args, args = arguments(monkeypatch, "--use_cpu")
     assert (args.output_dir, args.num_train_epochs, args.eps) == ("outputs/digits-dense", 28.0, 0.2)

@@ -84,6 +84,23 @@ def test_accumulating_four_batches_of_eight_equals_one_of_thirty_two(tmp_path, d
     torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-6)
 
 
+def test_rslad_distils_from_the_teacher_and_refuses_to_do_without_one(tmp_path, data):
+    args = quick(tmp_path, objective="rslad", max_steps=1, warmup_steps=0)
+    with pytest.raises(ValueError, match="'rslad' distils from a teacher and none was given"):
+        MRPFTrainer(plain_net(), args, data.train).train()
+    student, teacher = plain_net(), plain_net()
+    with pytest.raises(ValueError, match="teacher is the model that is trained"):
+        MRPFTrainer(student, args, data.train, teacher=student)
+    with torch.no_grad():
+        teacher[-1].bias[3] = 9.0  # sees threes only, whatever the labels
+    before = copy.deepcopy(teacher.state_dict())
+    bias = student[-1].bias.detach().clone()
+    MRPFTrainer(student, args, data.train, teacher=teacher).train()
+    moved = student[-1].bias.detach() - bias
+    assert moved[3] > 0 and (moved.sum() - moved[3]) < 0
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
 @pytest.mark.parametrize("optim", ["sgd", "adam"])
 def test_after_prune_every_parameter_is_in_the_optimizer_and_moves(tmp_path, data, model, optim):
     trainer = MRPFTrainer(model, quick(tmp_path, optim=optim, max_steps=2, warmup_steps=0), data.train, data.validation)
