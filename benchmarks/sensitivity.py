@@ -32,7 +32,7 @@ from hf_mrpf import (
     module_robustness_sensitivity,
     pgd_attack,
 )
-from hf_mrpf.data import as_pixel_dataset
+from hf_mrpf.loader import batches
 from hf_mrpf.sensitivity import _mean_spearman
 
 GAMMA, STEPS = 0.1, 10
@@ -192,12 +192,15 @@ def main() -> None:
         images = torch.rand(args.images, 3, 32, 32, device=device)
         labels = torch.randint(0, 10, (args.images,), device=device)
         rows += compare(name, model, images, labels, args.sample, args.rounds, device)
+        print(
+            [(row["way"], round(row["faster"], 2), row["error"]) for row in rows if row["network"] == name], flush=True
+        )
     curve = growth(device, args.rounds)
+    print(curve, flush=True)
     attack = AttackConfig(num_steps=10)
     data = load_image_data(args.dataset, max_train_samples=10_000, max_eval_samples=2 * IMAGES)
     narrow = trained(data, attack, args.epochs, device).requires_grad_(False)
-    pixels = as_pixel_dataset(data.test, narrow.config.image_size)[: 2 * IMAGES]
-    images, labels = pixels["pixel_values"].to(device), torch.as_tensor(pixels["labels"]).to(device)
+    images, labels = (part.to(device) for part in next(batches(data.test, 2 * IMAGES)))
     half = len(images) // 2
     adversarial = pgd_attack(narrow, images[:half], labels[:half], attack)
     rows += compare("narrow, robust", narrow, adversarial, labels[:half], args.sample, args.rounds, device)
