@@ -202,7 +202,7 @@ def test_widths_are_rounded(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["timm DeiT", "timm Swin", slow("timm MobileViT"), "transformers ViT", slow("transformers Swin")]
+    "name", ["timm DeiT", slow("timm Swin"), slow("timm MobileViT"), "transformers ViT", slow("transformers Swin")]
 )
 def test_whole_heads_can_go_instead(name):
     family = FAST[name]
@@ -289,7 +289,7 @@ def test_every_layer_but_the_head_is_scored_as_a_member_of_its_unit(name):
     assert all(scores[member] > 0 for member in members)
 
 
-@pytest.mark.parametrize("name", ["timm ViT", "timm Swin", slow("timm MobileViT")])
+@pytest.mark.parametrize("name", ["timm ViT", slow("timm Swin"), slow("timm MobileViT")])
 def test_fused_and_plain_attention_agree_after_pruning(name):
     model, images = network(FAST[name]).eval().double(), torch.rand(2, 3, FAST[name][1], FAST[name][1]).double()
     prune(model, plan_pruning(model, images, allocation="uniform", importance="random"))
@@ -303,7 +303,7 @@ def test_fused_and_plain_attention_agree_after_pruning(name):
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["transformers ViT", "transformers Swin"])
+@pytest.mark.parametrize("name", ["transformers ViT", slow("transformers Swin")])
 def test_attention_implementations_of_transformers_agree_after_pruning(name):
     model, images = network(FAST[name]).eval(), torch.rand(2, 3, FAST[name][1], FAST[name][1])
     prune(model, plan_pruning(model, images, allocation="uniform", importance="random"))

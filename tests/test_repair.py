@@ -132,6 +132,7 @@ def test_adversarial_images_count(trained):
     assert not torch.allclose(first.fc.weight, third.fc.weight, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_layers_that_cannot_be_refitted_are_named(monkeypatch):
     dense = mobilenet().eval()
     images = torch.rand(2, 3, 64, 64)

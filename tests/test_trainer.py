@@ -101,7 +101,7 @@ def test_rslad_distils_from_the_teacher_and_refuses_to_do_without_one(tmp_path, 
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
-@pytest.mark.parametrize("optim", ["sgd", "adam"])
+@pytest.mark.parametrize("optim", ["sgd", pytest.param("adam", marks=pytest.mark.slow)])
 def test_after_prune_every_parameter_is_in_the_optimizer_and_moves(tmp_path, data, model, optim):
     trainer = MRPFTrainer(model, quick(tmp_path, optim=optim, max_steps=2, warmup_steps=0), data.train, data.validation)
     trainer.train()  # an optimizer of the dense model exists when the pruning happens
