@@ -215,6 +215,16 @@ def test_huge_and_deep_backbones_are_refused_before_they_cost_anything(folders, 
     assert time.process_time() - start < 15
 
 
+def test_a_network_of_too_many_modules_is_not_built_to_its_end(folders, monkeypatch):
+    folder, honest, _, _ = folders["narrow"]
+    config = copy.deepcopy(honest)
+    config["backbone"]["kwargs"] |= {"layers": [40, 1, 1, 1]}
+    monkeypatch.setattr("hf_mrpf.modeling._MOST_MODULES", 100)
+    with pytest.raises(ValueError, match="more than 100 modules"):
+        raise attempt(folder, config, counted=False)
+    (folder / "config.json").write_text(json.dumps(honest))
+
+
 @pytest.mark.parametrize("value", [10**9, 8193])
 def test_a_huge_image_size_is_refused(folders, value):
     folder, honest, _, _ = folders["narrow"]
