@@ -11,9 +11,7 @@ measured.
 """
 
 import argparse
-import sys
 import tempfile
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
@@ -67,9 +65,8 @@ def main() -> None:
         by_seed = [b - a for a, b in zip(single, half, strict=True)]
         error = stdev(by_seed) / len(by_seed) ** 0.5 if len(by_seed) > 1 else None
         differences[figure] = {"bfloat16_minus_float32": fmean(by_seed), "standard_error": error}
-    sys.argv = [Path(argument).name if Path(argument).is_dir() else argument for argument in sys.argv]
-    name, more = f"attack_dtype{'' if args.device == 'cpu' else '-cuda'}", {"test_images": len(data.test)}
-    report(name, torch.device(args.device), args.threads, rows, differences=differences, **more)
+    more = {"differences": differences, "test_images": len(data.test)}
+    report("attack_dtype", torch.device(args.device), args.threads, rows, **more)
     print(table(["seed", "attack dtype", "clean", "pgd20"], [list(row.values()) for row in rows]))
     print(differences)
 

@@ -13,7 +13,6 @@ augmentation to the optimizer. "loader / step" is how many times more images the
 
 import argparse
 import itertools
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -132,8 +131,7 @@ def main() -> None:
     disable_progress_bars()
     sizes = dict(zip(NETWORKS, args.batch_sizes or ((32, 8) if device.type == "cpu" else (BATCH, BATCH)), strict=True))
     rows = [row for name in args.datasets for row in measured(name, device, sizes, args.rounds)]
-    sys.argv = [Path(argument).name if Path(argument).is_dir() else argument for argument in sys.argv]
-    report(f"data_pipeline{'' if device.type == 'cpu' else '-cuda'}", device, args.threads, rows)
+    report("data_pipeline", device, args.threads, rows)
     heads = ["data set", "what", "images", "seconds", "images/s", "loader / step"]
     print(table(heads, [shown(row) for row in rows]))
 

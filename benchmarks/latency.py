@@ -188,7 +188,7 @@ def main() -> None:
         rows += measure(name, args, device)
         print(table(HEADS, [shown(row) for row in rows if row["network"] == name]), flush=True)
     runtimes = package_versions("onnx", "onnxruntime") if device.type == "cpu" else {}
-    report(f"latency{'' if device.type == 'cpu' else '-cuda'}", device, args.threads, rows, runtimes=runtimes)
+    report("latency", device, args.threads, rows, runtimes=runtimes)
     if choices := compared(rows):
         multiples = next(row["multiples"] for row in rows if row["multiples"])
         print(table(["network", "kept", "chosen", *multiples], choices))

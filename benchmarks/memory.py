@@ -382,7 +382,7 @@ def main() -> None:
     rows = [long_run(objective, repeats, args.device, args.threads) for objective in ("trades", "pgd")]
     for net in args.nets:
         rows += compare(net, (args.batch_size, args.sensitivity_batch_size), repeats, args.device, args.threads)
-    report(f"memory{'' if args.device == 'cpu' else '-cuda'}", torch.device(args.device), args.threads, rows)
+    report("memory", torch.device(args.device), args.threads, rows)
     print(table(rows))
     missed = [f"{row['net']}: {row['case']}" for row in rows if row["bytes_ratio"] > row["target"]]
     print(f"Above their targets: {', '.join(missed) or 'none'}.")

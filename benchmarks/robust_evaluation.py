@@ -14,7 +14,6 @@ benchmarks/results/robust_evaluation.json.
 """
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 from statistics import median
@@ -164,8 +163,6 @@ def main() -> None:
         }
         for way in ways
     ]
-    sys.argv = [Path(argument).name if Path(argument).is_dir() else argument for argument in sys.argv]
-    name = f"robust_evaluation{'' if device.type == 'cpu' else '-cuda'}"
     settings = {"images": len(images), "clean_accuracy": found["clean"], "attack": attack.describe()}
     settings["autoattack"] = {
         "images": len(few[1]),
@@ -173,7 +170,7 @@ def main() -> None:
         "equal_verdicts": verdicts["parts"] == verdicts["pooled"],
         "rows": auto_rows,
     }
-    report(name, device, args.threads, rows, dataset=Path(args.dataset).name, **settings)
+    report("robust_evaluation", device, args.threads, rows, dataset=Path(args.dataset).name, **settings)
     print(f"{len(images)} test images of {Path(args.dataset).name}, clean accuracy {found['clean']:.3f}")
     shown = [
         [

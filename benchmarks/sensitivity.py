@@ -13,7 +13,6 @@ is also taken on four times as many images as `ascent`: few images and few steps
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
@@ -226,9 +225,7 @@ def main() -> None:
     print(table(heads, shown))
     print(table(["images", "modules", "seconds"], [list(row.values()) for row in curve]))
     print(", ".join(f"Spearman, {name.replace('_', ' ')}: {value:.3f}" for name, value in found.items()))
-    sys.argv = [Path(argument).name if Path(argument).is_dir() else argument for argument in sys.argv]
-    name = f"sensitivity{'' if device.type == 'cpu' else '-cuda'}"
-    report(name, device, args.threads, rows, growth=curve, spearman=found, dataset=Path(args.dataset).name)
+    report("sensitivity", device, args.threads, rows, growth=curve, spearman=found, dataset=Path(args.dataset).name)
 
 
 if __name__ == "__main__":

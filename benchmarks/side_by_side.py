@@ -51,9 +51,14 @@ def clock_of(device: torch.device) -> str:
 
 
 def report(name: str, device: torch.device, threads: int, rows: list[dict[str, Any]], **more: Any) -> Path:
-    """Writes `results/<name>.json`, with the command, versions, device and threads."""
+    """
+    Writes `results/<name>.json`, or `<name>-cuda.json`, with the command, versions, device and threads.
+
+    Folders in the command are given by their names alone: where they are is nobody's business.
+    """
+    options = [Path(option).name if Path(option).is_dir() else option for option in sys.argv[1:]]
     content = {
-        "command": " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *options]),
         "device": device_name(device),
         "threads": threads,
         "versions": {
@@ -66,7 +71,7 @@ def report(name: str, device: torch.device, threads: int, rows: list[dict[str, A
         "rows": rows,
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    path = RESULTS / f"{name}{'' if device.type == 'cpu' else f'-{device.type}'}.json"
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
 

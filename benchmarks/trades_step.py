@@ -163,7 +163,7 @@ def main() -> None:
             row |= {"faster_wall": ratio(seconds, way, "reference", "wall")}
             row |= {"seconds": seconds[way]}
             rows.append(row)
-    report(f"trades_step{'' if device.type == 'cpu' else '-cuda'}", device, args.threads, rows, bfloat16_timed=half)
+    report("trades_step", device, args.threads, rows, bfloat16_timed=half)
     shown = [
         [row["network"], row["batch"], row["way"], row["forwards"], row["backwards"],
          median(row["seconds"][clock_of(device)]), row["faster"], row["faster_wall"], row["target"]]
