@@ -1,5 +1,6 @@
 """`MRPFConfig`: every setting of pruning, attack and adversarial fine-tuning, on top of `TrainingArguments`."""
 
+import copy
 import logging
 import math
 from collections.abc import Callable
@@ -209,6 +210,7 @@ class MRPFConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check_values()
+        self._check_combinations()
         if self.disable_tqdm is None and self.log_level in ("error", "critical"):
             self.disable_tqdm = True
         wanted = str(getattr(self.optim, "value", self.optim))
@@ -286,6 +288,14 @@ class MRPFConfig(TrainingArguments):
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must be at least 0.")
         _ = self.attack
+
+    def _check_combinations(self) -> None:
+        """Those of transformers' own options, which it checks only after five seconds of imports."""
+        check = getattr(TrainingArguments, "_validate_args", None)  # not in every version; it then checks them later
+        if check is not None:
+            trial = copy.copy(self)
+            trial.eval_steps = trial.eval_steps or trial.logging_steps
+            check(trial)
 
     @property
     def attack(self) -> AttackConfig:

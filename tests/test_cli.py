@@ -5,6 +5,7 @@ import dataclasses
 import json
 
 import pytest
+from transformers import TrainingArguments
 
 from hf_mrpf import MRPFConfig
 from hf_mrpf.cli import (
@@ -131,3 +132,20 @@ def test_the_progress_bar_carries_the_newest_figures_and_prints_no_line(capsys):
     assert progress.training_bar.postfix == "loss=1.25, clean=0.5, robust=0.25"
     progress.on_train_end(None, state, control)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.skipif(not hasattr(TrainingArguments, "_validate_args"), reason="this transformers has them in one piece")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"load_best_model_at_end": True, "eval_strategy": "no"}, "save and eval strategy to match"),
+        ({"fp16": True, "bf16": True, "use_cpu": True}, "fp16 and bf16"),
+        ({"dataloader_prefetch_factor": 2}, "num_workers > 0"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_before_the_imports_of_transformers(
+    options, words, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: pytest.fail("five seconds of imports"))
+    with pytest.raises(ValueError, match=words):
+        MRPFConfig(str(tmp_path), **options)
