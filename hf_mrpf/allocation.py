@@ -207,17 +207,21 @@ def meet_target(
         current = current | {name: width}
         if (closer := abs(size(current) - wanted)) < gap:
             best, gap = current, closer
-    return _nudged(size, options, best, wanted, to_come)
+    return nudged(size, options, best, wanted, to_come)
 
 
-def _nudged(
+def nudged(
     size: Callable[[Widths], int],
     options: Mapping[str, Sequence[int]],
     widths: Widths,
     wanted: float,
-    to_come: Callable[[int], None],
+    to_come: Callable[[int], None] = lambda candidates: None,
 ) -> Widths:
-    """Where wide steps left a gap, move single units to the next width while that brings the cost nearer."""
+    """
+    Where more than 0.5 % are missing, move single units to the next allowed width while that brings the size nearer.
+
+    Arguments as for [`meet_target`]; `widths` are where to start, each an allowed one.
+    """
     to_come(1)
     while (gap := abs(size(widths) - wanted)) > 0.005 * wanted:
         moves = [

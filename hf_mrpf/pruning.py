@@ -16,6 +16,7 @@ from .efficiency import count_macs, count_parameters
 from .fingerprint import weights_sha256
 from .importance import get_importance
 from .latency import TARGET_METRICS, Candidates, Clock, plan_by_clock
+from .measured_allocation import MEASURED, check_measurable, known_allocations, measured_widths
 from .modeling import PrunedForImageClassification, describe_pruning
 from .plan import PruningPlan, check_fits, removed_fraction, trace_for
 from .processes import Processes
@@ -76,7 +77,9 @@ def plan_pruning(
             median over interleaved rounds of its fraction of the model's own, met within 10 %. The multiply-accumulates
             that this takes are searched for.
         allocation (`str`, *optional*, defaults to `"mrs"`):
-            A key of `ALLOCATIONS`: how much each unit gives. `"mrs"` reads sensitivities, `"global"` importances.
+            A key of `ALLOCATIONS` or `MEASURED`: how much each unit gives. `"mrs"` reads sensitivities, `"global"`
+            importances; the measured ones, such as `"netadapt"`, need `batches` and `attack` for the losses of pruned
+            copies. They go with neither a target of latency nor `round_to="auto"`.
         scores (`Mapping[str, float]`, *optional*):
             Sensitivities in nats of every member by module name (combined per unit), or of every unit by unit name
             (taken as they are). Where `"mrs"` needs them and they are not given, they are measured on `batches` with
@@ -123,12 +126,19 @@ def plan_pruning(
             with `attack` is given, weights are not finite, the model cannot be pruned rightly, or the target cannot be
             met (the message says the smallest fraction that can, or the nearest latency).
     """
-    allocate, score_channels = get_allocation(allocation), get_importance(importance)
+    if allocation not in known_allocations():
+        raise ValueError(f"allocation is {allocation!r}; known allocations: {', '.join(known_allocations())}.")
+    score_channels = get_importance(importance)
     _check_options(target, target_metric, combine, max_ratio, min_channels, round_to, latency_batch_size, seed, heads)
     calibration = None if batches is None or attack is None else (list(batches), attack)
     if calibration is None and allocation == "mrs" and scores is None:
         raise ValueError(
             "allocation 'mrs' needs scores, or batches and attack to measure them on; none or only one was given."
+        )
+    check_measurable(allocation, target_metric, round_to)
+    if calibration is None and allocation in MEASURED:
+        raise ValueError(
+            f"allocation {allocation!r} needs batches and attack to measure losses on; none or only one was given."
         )
     if not _sums_are_finite(model):
         check_finite_weights(model)
@@ -173,7 +183,7 @@ def plan_pruning(
             return smallest
 
         def widths_at(nominal: float) -> Widths:
-            ratios = allocate(given_scores, free_widths, costs, nominal, max_ratio=max_ratio)
+            ratios = get_allocation(allocation)(given_scores, free_widths, costs, nominal, max_ratio=max_ratio)
             return {
                 name: nearest_width(options[name], free_widths[name] * (1 - ratio)) for name, ratio in ratios.items()
             }
@@ -206,6 +216,12 @@ def plan_pruning(
         widths, multiple, latency = plan_by_clock(
             Clock(model, graph, keep, images, processes), candidates,
             target=target, target_metric=target_metric, round_to=round_to, progress=progress,
+        )  # fmt: skip
+    elif allocation in MEASURED and calibration is not None:
+        multiple = int(round_to)
+        widths = measured_widths(
+            allocation, model, graph, keep, calibration, options_at(multiple), metric, target * before[metric],
+            seed=seed, processes=processes, progress=progress,
         )  # fmt: skip
     else:
         multiple = int(round_to)

@@ -1,9 +1,9 @@
 """Without training: refit the layers that lost inputs in closed form."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from .attacks import AttackConfig, eval_mode
 from .calibration import attacked_batches
 from .plan import PruningPlan, trace_for
 from .processes import Processes
+from .units import UnitGraph
 
 MAX_INPUTS = 8192
 # Elements of one block of image patches: 64 MB in float64.
@@ -92,25 +93,62 @@ def repair(
     removed = graph.removed_positions(plan.kept)
     plain = {key: indices for key, indices in removed.items() if graph.layers[key[0]].kind != "parameter"}
     _check_models(pruned, dense, {key: gone for key, gone in plain.items() if graph.layers[key[0]].groups == 1})
+    repairable, left = repairable_layers(dense, graph, plan.kept)
+    moments = input_moments(dense, repairable, batches, attack, seed=seed, processes=Processes.of(distributed))
+    # Popped, so that each moment's memory is free once its layer is done.
+    return RepairReport(refit_layers(pruned, dense, graph, plan.kept, repairable, moments.pop, damping=damping), left)
+
+
+def repairable_layers(dense: nn.Module, graph: UnitGraph, kept: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
+    """
+    Find the layers that lose inputs where `kept` (as in [`PruningPlan`]) stays.
+
+    Returns:
+        `tuple[list[str], dict[str, str]]`: those that [`repair`] refits, and those that it leaves, with the reason.
+    """
     left, repairable = {}, []
-    for layer, side in plain:
-        if side == "out" or graph.layers[layer].kind == "norm":
+    for layer, side in graph.removed_positions(kept):
+        if side == "out" or graph.layers[layer].kind in ("norm", "parameter"):
             continue
         reason = _reason_to_leave(dense.get_submodule(layer))
         if reason is None:
             repairable.append(layer)
         else:
             left[layer] = reason
-    moments = _input_moments(dense, repairable, batches, attack, seed, Processes.of(distributed))
-    errors = {}
-    for layer in repairable:
+    return repairable, left
+
+
+def refit_layers(
+    pruned: nn.Module,
+    dense: nn.Module,
+    graph: UnitGraph,
+    kept: Mapping[str, Any],
+    layers: Sequence[str],
+    moment: Callable[[str], Tensor],
+    *,
+    damping: float = 1e-3,
+) -> dict[str, tuple[float, float]]:
+    """
+    Refit `layers` of a pruned copy by the moments of their inputs in the dense model: [`repair`] without measuring.
+
+    Args:
+        pruned (`nn.Module`), dense (`nn.Module`), damping (`float`): as for [`repair`].
+        graph ([`UnitGraph`]): units of `dense`.
+        kept (`Mapping`): what of them is left in `pruned`, as in [`PruningPlan`].
+        layers (`Sequence[str]`): which layers, of those of [`repairable_layers`].
+        moment (`Callable[[str], Tensor]`): moment of a layer by its name, as [`input_moments`] gives it.
+
+    Returns:
+        `dict[str, tuple[float, float]]`: as `RepairReport.errors`.
+    """
+    removed, errors = graph.removed_positions(kept), {}
+    for layer in layers:
         old, new = cast(Layer, dense.get_submodule(layer)), cast(Layer, pruned.get_submodule(layer))
         outputs = _kept(graph.layers[layer].outs, removed.get((layer, "out"), []))
         channels = _kept(graph.layers[layer].ins, removed[layer, "in"])
-        # Popped, so that each moment's memory is free once its layer is done.
-        scale = graph.folded_scale(plan.kept, layer)
-        errors[layer] = _refit(old, new, outputs, channels, moments.pop(layer), damping, scale)
-    return RepairReport(errors, left)
+        scale = graph.folded_scale(kept, layer)
+        errors[layer] = _refit(old, new, outputs, channels, moment(layer), damping, scale)
+    return errors
 
 
 def _check_models(pruned: nn.Module, dense: nn.Module, removed: dict[tuple[str, str], list[int]]) -> None:
@@ -142,12 +180,13 @@ def _reason_to_leave(layer: nn.Module) -> str | None:
     return f"{inputs:,} inputs are more than {MAX_INPUTS:,}" if inputs > MAX_INPUTS else None
 
 
-def _input_moments(
+def input_moments(
     dense: nn.Module,
-    layers: list[str],
+    layers: Sequence[str],
     batches: Batches,
     attack: AttackConfig | None,
-    seed: int,
+    *,
+    seed: int = 0,
     processes: Processes,
 ) -> dict[str, Tensor]:
     """Mean of x x^T, float64, over all input patches x of each layer; with a last input of 1 where it has a bias."""
@@ -184,7 +223,7 @@ def _no_moment(layer: nn.Module) -> Tensor:
 
 
 @contextmanager
-def _hooked(model: nn.Module, layers: list[str], see: Callable[[str, nn.Module, Tensor], None]) -> Iterator[None]:
+def _hooked(model: nn.Module, layers: Sequence[str], see: Callable[[str, nn.Module, Tensor], None]) -> Iterator[None]:
     """Show `see` the input of each named layer, during forward passes inside the context only (no attack's)."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple], None]:
