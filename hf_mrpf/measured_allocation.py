@@ -7,6 +7,7 @@ from torch import nn
 
 from .allocation import ALLOCATIONS, Widths, nudged
 from .attacks import AttackConfig
+from .damage import damage
 from .netadapt import netadapt
 from .processes import Processes
 from .progress import progress_bar
@@ -117,4 +118,4 @@ def _check_widths(allocation: str, widths: Mapping[str, int], options: Mapping[s
             )
 
 
-MEASURED: dict[str, MeasuredAllocation] = {"netadapt": netadapt}
+MEASURED: dict[str, MeasuredAllocation] = {"netadapt": netadapt, "damage": damage}

@@ -63,6 +63,7 @@ FLOORS = {
     "repair": 2.4,
     "pruned_copies": 2.5,
     "netadapt": 2.6,
+    "damage": 2.6,
     "measured_allocation": 2.7,
     "model_card": 3,
     "figures": 3,
