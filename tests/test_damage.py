@@ -84,6 +84,18 @@ def test_a_round_that_does_not_help_on_the_last_set_is_undone():
     assert widths_found(signal, misled)[0] == {"much": 20, "little": 20}
 
 
+def test_the_last_set_is_not_measured_on_but_decides_alone(monkeypatch):
+    seen, batches = [], sets()
+
+    def spy(model, measured_on, attack, seed):
+        seen.append([next(number for number, pair in enumerate(batches) if pair is one) for one in measured_on])
+        return calibrated_losses(model, measured_on, attack, seed)
+
+    monkeypatch.setattr("hf_mrpf.damage.calibrated_losses", spy)
+    widths_found(lambda widths: 0.5 + math.log(widths["much"]), batches)
+    assert {tuple(numbers) for numbers in seen} == {(0, 1), (2,)}
+
+
 def test_one_calibration_set_is_refused():
     with pytest.raises(ValueError, match=r"two or more in batches"):
         widths_found(lambda widths: 2.0, sets(1))
