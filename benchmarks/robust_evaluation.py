@@ -2,15 +2,15 @@
 Robust accuracy: `evaluate_robustness` beside torchattacks, under PGD-20 and under the standard set of AutoAttack.
 
     python benchmarks/robust_evaluation.py                            # on the digits that scikit-learn ships
-    python benchmarks/robust_evaluation.py --dataset FOLDER_OR_ID     # such as CIFAR-10
+    python benchmarks/robust_evaluation.py --dataset FOLDER_OR_ID --base narrow_vgg    # such as CIFAR-10
 
-A narrow ResNet is trained first, by PGD adversarial training, so that some images are misclassified, some are fooled
-and some withstand, as in what is evaluated in practice. Both evaluations then run in turns over the same test images,
-with random starts of their own; the ratio is of processor time on the CPU. PGD-20 is beside `torchattacks.PGD` with the
-same eps, step and steps. AutoAttack is `torchattacks.MultiAttack` of its APGD, APGDT, FAB and Square with the published
-settings (100 steps, 9 targets, 5000 queries), batch by batch; beside it stand the library's own four parts run apart on
-every image that is right, and `autoattack`, whose verdicts must be the union of theirs. Writes
-benchmarks/results/robust_evaluation.json.
+A narrow ResNet is trained first, by PGD adversarial training, unless a trained network is named, so that some images are
+misclassified, some are fooled and some withstand, as in what is evaluated in practice. Both evaluations then run in
+turns over the same test images, with random starts of their own; the ratio is of processor time on the CPU. PGD-20 is
+beside `torchattacks.PGD` with the same eps, step and steps. AutoAttack is `torchattacks.MultiAttack` of its APGD, APGDT,
+FAB and Square with the published settings (100 steps, 9 targets, 5000 queries), batch by batch; beside it stand the
+library's own four parts run apart on every image that is right, and `autoattack`, whose verdicts must be the union of
+theirs. Writes benchmarks/results/robust_evaluation.json.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torchattacks
 from side_by_side import clock_of, interleaved, ratio, report, table
+from study_networks import base
 from torch import nn
 from trades_step import Logits
 
@@ -33,6 +34,7 @@ from hf_mrpf import (
     evaluate_robustness,
     load_image_data,
 )
+from hf_mrpf.attacks import logits_of
 from hf_mrpf.data import as_pixel_dataset
 
 TARGET, AUTOATTACK_TARGET = 4.0, 1.25
@@ -63,7 +65,7 @@ def by_torchattacks(model: nn.Module, images: Any, labels: Any, attack: AttackCo
     for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
         adversarial = pgd(x, y)
         with torch.no_grad():
-            right += int((model(adversarial).logits.argmax(1) == y).sum())
+            right += int((logits_of(model(adversarial)).argmax(1) == y).sum())
     return right / len(images)
 
 
@@ -84,7 +86,7 @@ def autoattack_by_torchattacks(
     for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
         adversarial = together(x, y)
         with torch.no_grad():
-            right += int((model(adversarial).logits.argmax(1) == y).sum())
+            right += int((logits_of(model(adversarial)).argmax(1) == y).sum())
     return right / len(images)
 
 
@@ -92,6 +94,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="digits", help="As of recipes/prune.py.")
+    parser.add_argument("--base", help="A network of study_networks.py that has been made, instead of training one.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
@@ -108,8 +111,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     data = load_image_data(args.dataset, max_train_samples=args.train_images, max_eval_samples=args.test_images)
     attack = AttackConfig(eps=args.eps, num_steps=20)
-    model = trained(data, attack, args.epochs, device)
-    pixels = as_pixel_dataset(data.test, model.config.image_size)[:]
+    model = base(args.base).to(device) if args.base else trained(data, attack, args.epochs, device)
+    size = getattr(getattr(model, "config", None), "image_size", None)
+    pixels = as_pixel_dataset(data.test, size)[:]
     # Data sets keep bytes.
     images, labels = pixels["pixel_values"].to(device).float() / 255, torch.as_tensor(pixels["labels"]).to(device)
     found: dict[str, float] = {}
@@ -134,6 +138,18 @@ def main() -> None:
         }
         for way in seconds
     ]
+    print(f"{len(images)} test images of {Path(args.dataset).name}, clean accuracy {found['clean']:.3f}")
+    shown = [
+        [
+            row["way"],
+            f"{row['robust_accuracy']:.3f}",
+            median(row["seconds"][clock]),
+            row["faster"],
+            row["target"] or "-",
+        ]
+        for row in rows
+    ]
+    print(table(["PGD-20", "robust accuracy", "seconds", "faster", "target"], shown), flush=True)
     few = images[: args.autoattack_images], labels[: args.autoattack_images]
     size, verdicts = args.autoattack_batch_size, {}
 
@@ -171,18 +187,6 @@ def main() -> None:
         "rows": auto_rows,
     }
     report("robust_evaluation", device, args.threads, rows, dataset=Path(args.dataset).name, **settings)
-    print(f"{len(images)} test images of {Path(args.dataset).name}, clean accuracy {found['clean']:.3f}")
-    shown = [
-        [
-            row["way"],
-            f"{row['robust_accuracy']:.3f}",
-            median(row["seconds"][clock]),
-            row["faster"],
-            row["target"] or "-",
-        ]
-        for row in rows
-    ]
-    print(table(["PGD-20", "robust accuracy", "seconds", "faster", "target"], shown))
     print(
         f"AutoAttack, {len(few[1])} images; verdicts of the parts and of the whole are equal: "
         f"{settings['autoattack']['equal_verdicts']}"

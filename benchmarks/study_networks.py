@@ -82,14 +82,14 @@ def base(name: str) -> nn.Module:
     return model.eval()
 
 
-def trained(model: nn.Module, train: Dataset, **options: Any) -> nn.Module:
+def trained(model: nn.Module, train: Dataset, teacher: nn.Module | None = None, **options: Any) -> nn.Module:
     """`model` after adversarial training with settings that all of the study share; in place."""
     shared: dict[str, Any] = {
         "eps": EPS, "num_steps": 3, "save_strategy": "no", "eval_strategy": "no", "report_to": "none",
         "use_cpu": True, "log_level": "error", "disable_tqdm": True, "logging_strategy": "no", "seed": SEED,
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        trainer = MRPFTrainer(model, MRPFConfig(folder, **(shared | options)), train)
+        trainer = MRPFTrainer(model, MRPFConfig(folder, **(shared | options)), train, teacher=teacher)
         trainer.train()
     return trainer.model.eval()
 

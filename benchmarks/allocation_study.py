@@ -1,0 +1,240 @@
+"""
+Does it pay to choose how much each unit loses? A study that is done cell by cell, and goes on where it stopped.
+
+    python benchmarks/allocation_study.py --dataset FOLDER_OR_ID --minutes 30    # such as CIFAR-10
+    python benchmarks/allocation_study.py --tables                               # of what is done
+
+A cell prunes one network to one size in one way, repairs and recalibrates it, fine-tunes it for some steps with one
+seed, and measures PGD-20 on images that nothing was chosen by. Each is a line of benchmarks/results/
+allocation_study.jsonl, written as it ends; a call does what is missing, in this order, as far as its minutes reach:
+
+- headroom: `uniform` and 16 random allocations of equal cost. What varies between them beyond what varies with the
+  seed is the most that any rule can win; the best of them is taken again with fresh seeds.
+- rules: every allocation, and `mrs` by cost and by whole units.
+- recovery: fine-tuning steps, with and without repair, by importance and by objective.
+- primary: named before it was run: `narrow_vgg`, 30 % of its MACs, 20 steps, `mrs` and `damage` beside `uniform`, on
+  all test images, eight seeds that share the order of the data; calibration images are drawn by the seed as well.
+
+The first three are on 2,000 validation images. Networks are those of study_networks.py.
+"""
+
+import argparse
+import copy
+import json
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from side_by_side import RESULTS
+from study_networks import EPS, base, splits, trained
+from study_tables import print_tables
+from torch import Tensor, nn
+
+from hf_mrpf import (
+    AttackConfig,
+    evaluate_robustness,
+    module_robustness_sensitivity,
+    plan_pruning,
+    prune,
+    pruning_units,
+    recalibrate_batchnorm,
+    repair,
+    unit_sensitivity,
+)
+from hf_mrpf.data import calibration_batches
+from hf_mrpf.fingerprint import weights_sha256
+
+ROWS = RESULTS / "allocation_study.jsonl"
+SETS, SET_SIZE, RECALIBRATION = 4, 128, 1024
+RANDOM_ALLOCATIONS, SEEDS, FRESH_SEEDS, PRIMARY_SEEDS = 16, (0, 1, 2), (10, 11, 12), tuple(range(8))
+RULES = ("mrs", "mrs joint", "mrs per MAC", "anti_mrs", "shuffled_mrs", "global", "isomorphic", "netadapt", "damage")
+PRIMARY = {"network": "narrow_vgg", "metric": "macs", "target": 0.3, "steps": 20}
+# (network, metric, fraction kept): where headroom is looked for.
+PLACES = (
+    ("narrow_vgg", "macs", 0.3),
+    ("narrow_vgg", "params", 0.12),
+    ("mobilenet", "macs", 0.3),
+    ("mobilenet", "params", 0.12),
+)
+Cell = dict[str, Any]
+
+
+def cell(
+    phase: str, network: str, metric: str, target: float, allocation: str, steps: int, seed: int, **more: Any
+) -> Cell:
+    """Everything that a row hangs on."""
+    usual = {"importance": "magnitude", "repair": True, "objective": "trades", "split": "validation", "calibration": 0}
+    place = {"phase": phase, "network": network, "metric": metric, "target": target}
+    return place | {"allocation": allocation, "steps": steps, "seed": seed} | usual | more
+
+
+def headroom_cells(place: tuple[str, str, float], rows: list[Cell]) -> Iterator[Cell]:
+    """Uniform and random allocations; then the best of these and `uniform` again, with fresh seeds."""
+    allocations = ["uniform", *(f"random {number}" for number in range(RANDOM_ALLOCATIONS))]
+    for steps in (0, 20):
+        # Without a step of training a seed changes nothing.
+        for seed in SEEDS if steps else (0,):
+            for allocation in allocations:
+                yield cell("headroom", *place, allocation, steps, seed)
+        mine = [row for row in rows if row["phase"] == "headroom" and of_place(row, place) and row["steps"] == steps]
+        if steps and len(mine) >= len(allocations) * len(SEEDS):
+            best = max(allocations[1:], key=lambda name: mean_robust(mine, name))
+            for seed in FRESH_SEEDS:
+                for allocation in ("uniform", best):
+                    yield cell("retest", *place, allocation, steps, seed)
+
+
+def rule_cells(place: tuple[str, str, float]) -> Iterator[Cell]:
+    """Every rule; `uniform` is among the cells of the headroom."""
+    for steps in (0, 20):
+        for seed in SEEDS if steps else (0,):
+            for allocation in RULES:
+                yield cell("rules", *place, allocation, steps, seed)
+
+
+def recovery_cells(place: tuple[str, str, float]) -> Iterator[Cell]:
+    """Steps of fine-tuning, and what could take their place."""
+    ways = ({"repair": False}, {}, {"importance": "fisher"}, {"objective": "rslad"})
+    for steps in (0, 5, 20, 80, 300):
+        for way in ways:
+            if steps or "objective" not in way:
+                for seed in SEEDS[:2] if steps else (0,):
+                    yield cell("recovery", *place, "uniform", steps, seed, **way)
+
+
+def primary_cells() -> Iterator[Cell]:
+    """All test images; what is compared stands in the docstring above, and was written before any of it was run."""
+    for seed in PRIMARY_SEEDS:
+        for allocation in ("uniform", "mrs", "damage"):
+            yield cell(
+                "primary", PRIMARY["network"], PRIMARY["metric"], PRIMARY["target"], allocation, PRIMARY["steps"], seed,
+                split="test", calibration=seed,
+            )  # fmt: skip
+
+
+def all_cells(rows: list[Cell], networks: list[str], phases: list[str]) -> Iterator[Cell]:
+    """In the order in which they are done."""
+    places = [place for place in PLACES if place[0] in networks]
+    for place in places[:1]:
+        if "headroom" in phases:
+            yield from headroom_cells(place, rows)
+        if "rules" in phases:
+            yield from rule_cells(place)
+    if "primary" in phases and PRIMARY["network"] in networks:
+        yield from primary_cells()
+    for place in places[:1]:
+        if "recovery" in phases:
+            yield from recovery_cells(place)
+    for place in places[1:]:
+        if "headroom" in phases:
+            yield from headroom_cells(place, rows)
+        if "rules" in phases:
+            yield from rule_cells(place)
+
+
+def of_place(row: Cell, place: tuple[str, str, float]) -> bool:
+    """Whether a row is of that network and size."""
+    return (row["network"], row["metric"], row["target"]) == place
+
+
+def mean_robust(rows: list[Cell], allocation: str) -> float:
+    """Mean PGD-20 accuracy over the seeds of an allocation."""
+    found = [row["pgd20"] for row in rows if row["allocation"] == allocation]
+    return sum(found) / len(found)
+
+
+def planning_options(
+    allocation: str, model: nn.Module, batches: list[tuple[Tensor, Tensor]], attack: AttackConfig
+) -> dict[str, Any]:
+    """What an allocation of the study asks of `plan_pruning`."""
+    example = batches[0][0][:1]
+    if allocation.startswith("random "):
+        # Shares between a third of and three times each other, as `mrs` makes of scores; here of dice.
+        dice = random.Random(allocation)
+        return {"scores": {unit.name: 10 ** dice.uniform(0, 4) for unit in pruning_units(model, example)}}
+    if allocation == "mrs joint":
+        return {"allocation": "mrs", "combine": "joint"}
+    if allocation == "mrs per MAC":
+        units = pruning_units(model, example)
+        scores = unit_sensitivity(module_robustness_sensitivity(model, batches, attack), units)
+        return {"scores": {unit.name: scores[unit.name] / unit.cost for unit in units}}
+    return {"allocation": allocation}
+
+
+def run(one: Cell, train: Dataset, images: Dataset) -> Cell:
+    """Measures a cell; its figures come with it."""
+    start, attack = time.perf_counter(), AttackConfig(eps=EPS, num_steps=10)
+    dense = base(one["network"])
+    batches = calibration_batches(train, SETS, SET_SIZE, seed=one["calibration"])
+    options = planning_options(one["allocation"], dense, batches, attack)
+    plan = plan_pruning(
+        dense, batches[0][0][:1], target=one["target"], target_metric=one["metric"], importance=one["importance"],
+        batches=batches, attack=attack, seed=one["calibration"], max_ratio=0.95, **options,
+    )  # fmt: skip
+    planned = time.perf_counter() - start
+    model = copy.deepcopy(dense)
+    prune(model, plan)
+    if one["repair"]:
+        repair(model, dense, plan, batches, attack)
+    recalibrate_batchnorm(model, calibration_batches(train, 1, RECALIBRATION, seed=one["calibration"] + 1))
+    if one["steps"]:
+        teacher = dense if one["objective"] == "rslad" else None
+        settings = {"max_steps": one["steps"], "objective": one["objective"], "seed": one["seed"]}
+        model = trained(model, train, teacher, learning_rate=0.02, **settings)
+    found = evaluate_robustness(model, images, ["clean", "pgd20"], AttackConfig(eps=EPS, num_steps=20), batch_size=250)
+    bits = "".join("01"[bit] for bit in found.verdicts["pgd20"])
+    return one | {
+        "macs": plan.achieved["macs"], "params": plan.achieved["params"],
+        "ratios": {name: round(ratio, 3) for name, ratio in plan.ratios.items()},
+        "clean": found.clean_accuracy, "pgd20": found.attacks["pgd20"], "images": found.num_samples,
+        "verdicts": f"{int(bits, 2):0{len(bits) // 4}x}", "base": weights_sha256(dense)[:12],
+        "planning_seconds": round(planned, 1), "seconds": round(time.perf_counter() - start, 1),
+        "torch": torch.__version__,
+    }  # fmt: skip
+
+
+def known_rows() -> list[Cell]:
+    """What has been measured."""
+    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.is_file() else []
+
+
+def missing(rows: list[Cell], networks: list[str], phases: list[str]) -> Cell | None:
+    """The next cell that is not among the rows."""
+    done = {tuple(sorted((key, str(row[key])) for key in cell("", "", "", 0, "", 0, 0))) for row in rows}
+    for one in all_cells(rows, networks, phases):
+        if tuple(sorted((key, str(value)) for key, value in one.items())) not in done:
+            return one
+    return None
+
+
+def main() -> None:
+    """The command line."""
+    phases = ["headroom", "rules", "recovery", "primary"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="uoft-cs/cifar10")
+    parser.add_argument("--minutes", type=float, default=30, help="No cell begins after this time.")
+    parser.add_argument("--networks", nargs="+", default=["narrow_vgg"], help="Made by study_networks.py.")
+    parser.add_argument("--phases", nargs="+", choices=phases, default=phases)
+    parser.add_argument("--tables", action="store_true", help="Only print what is known.")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    end = time.monotonic() + 60 * args.minutes
+    if not args.tables:
+        train, validation, test = splits(args.dataset)
+        images = {"validation": validation, "test": test}
+        while time.monotonic() < end and (one := missing(known_rows(), args.networks, args.phases)):
+            row = run(one, train, images[one["split"]]) | {"dataset": Path(args.dataset).name}
+            with ROWS.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(f"{row['phase']} {row['network']} {row['metric']}={row['target']} {row['allocation']} "
+                  f"steps={row['steps']} seed={row['seed']}: clean={row['clean']:.4f} pgd20={row['pgd20']:.4f} "
+                  f"seconds={row['seconds']}", flush=True)  # fmt: skip
+    print_tables(known_rows())
+
+
+if __name__ == "__main__":
+    main()
