@@ -4,13 +4,13 @@ Robust accuracy: `evaluate_robustness` beside torchattacks, under PGD-20 and und
     python benchmarks/robust_evaluation.py                            # on the digits that scikit-learn ships
     python benchmarks/robust_evaluation.py --dataset FOLDER_OR_ID --base narrow_vgg    # such as CIFAR-10
 
-A narrow ResNet is trained first, by PGD adversarial training, unless a trained network is named, so that some images are
-misclassified, some are fooled and some withstand, as in what is evaluated in practice. Both evaluations then run in
+A narrow ResNet is trained first, by PGD adversarial training, unless a trained network is named, so that some images
+are misclassified, some are fooled and some withstand, as in what is evaluated in practice. Both evaluations then run in
 turns over the same test images, with random starts of their own; the ratio is of processor time on the CPU. PGD-20 is
-beside `torchattacks.PGD` with the same eps, step and steps. AutoAttack is `torchattacks.MultiAttack` of its APGD, APGDT,
-FAB and Square with the published settings (100 steps, 9 targets, 5000 queries), batch by batch; beside it stand the
-library's own four parts run apart on every image that is right, and `autoattack`, whose verdicts must be the union of
-theirs. Writes benchmarks/results/robust_evaluation.json.
+beside `torchattacks.PGD` with the same eps, step and steps. AutoAttack is `torchattacks.MultiAttack` of its APGD,
+APGDT, FAB and Square with the published settings (100 steps, 9 targets, 5000 queries), batch by batch; beside it stand
+the library's own four parts run apart on every image that is right, and `autoattack`, whose verdicts must be the union
+of theirs. Writes benchmarks/results/robust_evaluation.json.
 """
 
 import argparse
