@@ -94,7 +94,9 @@ def _pairs(model: nn.Module, modules: list[nn.Module], images: Tensor) -> list[P
     with torch.random.fork_rng(same_noise), torch.no_grad(), precise, _watched(modules) as pairs:
         model.forward(images[:1])
     _KNOWN[model] = _Known(modules, pairs)
-    LOGGER.info("%d of %d BatchNorm layers are folded into convolutions during attacks.", len(pairs), norms)
+    # Only what costs time is news to a user.
+    level = logging.DEBUG if len(pairs) == norms else logging.INFO
+    LOGGER.log(level, "%d of %d BatchNorm layers are folded into convolutions during attacks.", len(pairs), norms)
     return pairs
 
 

@@ -197,16 +197,19 @@ def test_parameters_and_forwards_are_put_back(fails):
     assert not any("forward" in vars(module) for module in net) and net[0].bias is None
 
 
-def test_no_pass_is_made_to_learn_and_the_log_says_what_is_folded(caplog):
+@pytest.mark.parametrize(
+    ("first", "folded", "level"), [((), "2 of 2", "DEBUG"), ((nn.BatchNorm2d(3),), "2 of 3", "INFO")]
+)
+def test_no_pass_is_made_to_learn_and_the_log_says_what_is_folded(first, folded, level, caplog):
     passes = []
-    net = randomised(block())
+    net = randomised(nn.Sequential(*first, *block()))
     net.register_forward_hook(lambda *_: passes.append(1))
-    with caplog.at_level(logging.INFO, "hf_mrpf"):
+    with caplog.at_level(logging.DEBUG, "hf_mrpf"):
         for _ in range(2):
             pgd_attack(net, IMAGES, torch.zeros(6, dtype=torch.long), AttackConfig(num_steps=3))
     assert len(passes) == 6
-    assert [record.message for record in caplog.records] == [
-        "2 of 2 BatchNorm layers are folded into convolutions during attacks."
+    assert [(record.levelname, record.message) for record in caplog.records] == [
+        (level, f"{folded} BatchNorm layers are folded into convolutions during attacks.")
     ]
 
 
