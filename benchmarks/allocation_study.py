@@ -20,6 +20,7 @@ The first three are on 2,000 validation images. Networks are those of study_netw
 
 import argparse
 import copy
+import functools
 import json
 import random
 import time
@@ -36,6 +37,7 @@ from torch import Tensor, nn
 
 from hf_mrpf import (
     AttackConfig,
+    PruningPlan,
     evaluate_robustness,
     module_robustness_sensitivity,
     plan_pruning,
@@ -50,12 +52,13 @@ from hf_mrpf.fingerprint import weights_sha256
 
 ROWS = RESULTS / "allocation_study.jsonl"
 SETS, SET_SIZE, RECALIBRATION = 4, 128, 1024
+ATTACK = AttackConfig(eps=EPS, num_steps=10)
 RANDOM_ALLOCATIONS, SEEDS, FRESH_SEEDS, PRIMARY_SEEDS = 16, (0, 1, 2), (10, 11, 12), tuple(range(8))
 RULES = ("mrs", "mrs joint", "mrs per MAC", "anti_mrs", "shuffled_mrs", "global", "isomorphic", "netadapt", "damage")
-PRIMARY = {"network": "narrow_vgg", "metric": "macs", "target": 0.3, "steps": 20}
+PRIMARY_PLACE, PRIMARY_STEPS = ("narrow_vgg", "macs", 0.3), 20
 # (network, metric, fraction kept): where headroom is looked for.
 PLACES = (
-    ("narrow_vgg", "macs", 0.3),
+    PRIMARY_PLACE,
     ("narrow_vgg", "params", 0.12),
     ("mobilenet", "macs", 0.3),
     ("mobilenet", "params", 0.12),
@@ -110,30 +113,22 @@ def primary_cells() -> Iterator[Cell]:
     """All test images; what is compared stands in the docstring above, and was written before any of it was run."""
     for seed in PRIMARY_SEEDS:
         for allocation in ("uniform", "mrs", "damage"):
-            yield cell(
-                "primary", PRIMARY["network"], PRIMARY["metric"], PRIMARY["target"], allocation, PRIMARY["steps"], seed,
-                split="test", calibration=seed,
-            )  # fmt: skip
+            yield cell("primary", *PRIMARY_PLACE, allocation, PRIMARY_STEPS, seed, split="test", calibration=seed)
 
 
 def all_cells(rows: list[Cell], networks: list[str], phases: list[str]) -> Iterator[Cell]:
-    """In the order in which they are done."""
+    """In the order in which they are done: what needs no training first, then the first place, then the others."""
     places = [place for place in PLACES if place[0] in networks]
-    for place in places[:1]:
-        if "headroom" in phases:
-            yield from headroom_cells(place, rows)
-        if "rules" in phases:
-            yield from rule_cells(place)
-    if "primary" in phases and PRIMARY["network"] in networks:
-        yield from primary_cells()
-    for place in places[:1]:
-        if "recovery" in phases:
-            yield from recovery_cells(place)
-    for place in places[1:]:
-        if "headroom" in phases:
-            yield from headroom_cells(place, rows)
-        if "rules" in phases:
-            yield from rule_cells(place)
+    for place in places:
+        cells = {
+            "headroom": list(headroom_cells(place, rows)),
+            "rules": list(rule_cells(place)),
+            "primary": list(primary_cells()) if place == PRIMARY_PLACE else [],
+            "recovery": list(recovery_cells(place)) if place == places[0] else [],
+        }
+        chosen = [one for phase in phases for one in cells[phase]]
+        yield from (one for one in chosen if not one["steps"])
+        yield from (one for one in chosen if one["steps"])
 
 
 def of_place(row: Cell, place: tuple[str, str, float]) -> bool:
@@ -147,9 +142,7 @@ def mean_robust(rows: list[Cell], allocation: str) -> float:
     return sum(found) / len(found)
 
 
-def planning_options(
-    allocation: str, model: nn.Module, batches: list[tuple[Tensor, Tensor]], attack: AttackConfig
-) -> dict[str, Any]:
+def planning_options(allocation: str, model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
     """What an allocation of the study asks of `plan_pruning`."""
     example = batches[0][0][:1]
     if allocation.startswith("random "):
@@ -160,26 +153,35 @@ def planning_options(
         return {"allocation": "mrs", "combine": "joint"}
     if allocation == "mrs per MAC":
         units = pruning_units(model, example)
-        scores = unit_sensitivity(module_robustness_sensitivity(model, batches, attack), units)
+        scores = unit_sensitivity(module_robustness_sensitivity(model, batches, ATTACK), units)
         return {"scores": {unit.name: scores[unit.name] / unit.cost for unit in units}}
     return {"allocation": allocation}
 
 
+@functools.cache
+def planned(
+    network: str, metric: str, target: float, allocation: str, importance: str, calibration: int, train: Dataset
+) -> tuple[PruningPlan, float]:
+    """The plan of a cell, which all its seeds and steps share, and the seconds that it took."""
+    start, dense = time.perf_counter(), base(network)
+    batches = calibration_batches(train, SETS, SET_SIZE, seed=calibration)
+    plan = plan_pruning(
+        dense, batches[0][0][:1], target=target, target_metric=metric, importance=importance, batches=batches,
+        attack=ATTACK, seed=calibration, max_ratio=0.95, **planning_options(allocation, dense, batches),
+    )  # fmt: skip
+    return plan, time.perf_counter() - start
+
+
 def run(one: Cell, train: Dataset, images: Dataset) -> Cell:
     """Measures a cell; its figures come with it."""
-    start, attack = time.perf_counter(), AttackConfig(eps=EPS, num_steps=10)
-    dense = base(one["network"])
+    plan_keys = ("network", "metric", "target", "allocation", "importance", "calibration")
+    plan, planning_seconds = planned(*(one[key] for key in plan_keys), train)
+    start, dense = time.perf_counter(), base(one["network"])
     batches = calibration_batches(train, SETS, SET_SIZE, seed=one["calibration"])
-    options = planning_options(one["allocation"], dense, batches, attack)
-    plan = plan_pruning(
-        dense, batches[0][0][:1], target=one["target"], target_metric=one["metric"], importance=one["importance"],
-        batches=batches, attack=attack, seed=one["calibration"], max_ratio=0.95, **options,
-    )  # fmt: skip
-    planned = time.perf_counter() - start
     model = copy.deepcopy(dense)
     prune(model, plan)
     if one["repair"]:
-        repair(model, dense, plan, batches, attack)
+        repair(model, dense, plan, batches, ATTACK)
     recalibrate_batchnorm(model, calibration_batches(train, 1, RECALIBRATION, seed=one["calibration"] + 1))
     if one["steps"]:
         teacher = dense if one["objective"] == "rslad" else None
@@ -192,7 +194,7 @@ def run(one: Cell, train: Dataset, images: Dataset) -> Cell:
         "ratios": {name: round(ratio, 3) for name, ratio in plan.ratios.items()},
         "clean": found.clean_accuracy, "pgd20": found.attacks["pgd20"], "images": found.num_samples,
         "verdicts": f"{int(bits, 2):0{len(bits) // 4}x}", "base": weights_sha256(dense)[:12],
-        "planning_seconds": round(planned, 1), "seconds": round(time.perf_counter() - start, 1),
+        "planning_seconds": round(planning_seconds, 1), "seconds": round(time.perf_counter() - start, 1),
         "torch": torch.__version__,
     }  # fmt: skip
 
@@ -213,7 +215,7 @@ def missing(rows: list[Cell], networks: list[str], phases: list[str]) -> Cell | 
 
 def main() -> None:
     """The command line."""
-    phases = ["headroom", "rules", "recovery", "primary"]
+    phases = ["headroom", "primary", "rules", "recovery"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="uoft-cs/cifar10")
     parser.add_argument("--minutes", type=float, default=30, help="No cell begins after this time.")
