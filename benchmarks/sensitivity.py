@@ -8,9 +8,9 @@ Module robustness sensitivity of all modules of a network, beside the loop over 
 the projection, and a forward for the value. It is timed on some modules, evenly spaced over the network, and scaled to
 all of them. Both start from the same images, as adversarial ones are given and their attack is not timed, and give the
 same values, which is checked in float64. Rounds take turns. The agreement of `ascent` with `exact` is measured on a
-narrow ResNet after PGD adversarial training, next to what two disjoint sets of images agree on: the most that one set
-can tell. There, `exact` is also taken on four times as many images as `ascent`: few images and few steps rank as well,
-and cost that much less.
+narrow network after PGD adversarial training (a ResNet, unless a trained one is named), next to what two disjoint sets
+of images agree on: the most that one set can tell. There, `exact` is also taken on four times as many images as
+`ascent`: few images and few steps rank as well, and cost that much less.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from robust_evaluation import trained
 from side_by_side import clock_of, interleaved, ratio, report, table
+from study_networks import base
 from torch import Tensor, nn
 
 from hf_mrpf import (
@@ -33,6 +34,7 @@ from hf_mrpf import (
     module_robustness_sensitivity,
     pgd_attack,
 )
+from hf_mrpf.attacks import logits_of
 from hf_mrpf.loader import batches
 from hf_mrpf.sensitivity import _mean_spearman
 
@@ -45,18 +47,18 @@ def naive(model: nn.Module, weight: nn.Parameter, images: Tensor, labels: Tensor
     """The sensitivity of one module's weight, step by step."""
     original, radius = weight.detach().clone(), GAMMA * weight.detach().norm()
     with torch.no_grad():
-        before = F.cross_entropy(model(images).logits, labels).item()
+        before = F.cross_entropy(logits_of(model(images)), labels).item()
     best = 0.0
     weight.requires_grad_(True)
     for _ in range(STEPS):
-        (gradient,) = torch.autograd.grad(F.cross_entropy(model(images).logits, labels), weight)
+        (gradient,) = torch.autograd.grad(F.cross_entropy(logits_of(model(images)), labels), weight)
         with torch.no_grad():
             length = gradient.norm()
             if length == 0:
                 break
             move = weight + radius * gradient / length - original
             weight.copy_(original + move * (radius / move.norm()).clamp_max(1))
-            best = max(best, F.cross_entropy(model(images).logits, labels).item() - before)
+            best = max(best, F.cross_entropy(logits_of(model(images)), labels).item() - before)
     weight.requires_grad_(False)
     with torch.no_grad():
         weight.copy_(original)
@@ -202,6 +204,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=16, help="Of the two large networks; the narrow one has 512.")
     parser.add_argument("--sample", type=int, default=5, help="Modules that the naive loop is timed on.")
     parser.add_argument("--dataset", default="digits", help="For the narrow network; as of recipes/prune.py.")
+    parser.add_argument("--base", help="A network of study_networks.py that has been made, instead of training one.")
     parser.add_argument("--epochs", type=int, default=2, help="PGD adversarial training of the narrow network.")
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -220,11 +223,12 @@ def main() -> None:
     print(curve, flush=True)
     attack = AttackConfig(num_steps=10)
     data = load_image_data(args.dataset, max_train_samples=10_000, max_eval_samples=2 * IMAGES)
-    narrow = trained(data, attack, args.epochs, device).requires_grad_(False)
+    narrow = base(args.base).to(device) if args.base else trained(data, attack, args.epochs, device)
+    narrow.requires_grad_(False)
     images, labels = (part.to(device) for part in next(batches(data.test, 2 * IMAGES)))
     half = len(images) // 2
     adversarial = pgd_attack(narrow, images[:half], labels[:half], attack)
-    rows += compare("narrow, robust", narrow, adversarial, labels[:half], args.sample, args.rounds, device)
+    rows += compare(args.base or "narrow, robust", narrow, adversarial, labels[:half], args.sample, args.rounds, device)
     found = agreement(narrow, images, labels, attack)
     shown = [
         [row["network"], row["modules"], row["way"], f"{row['images']} / {row['naive_images']}", row["forwards"],
