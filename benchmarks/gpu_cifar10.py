@@ -9,10 +9,10 @@ last checkpoint. What is finished is a line of `results/gpu_cifar10.jsonl`. What
 `--scratch`, which may be lost: that cell then starts again. The dense models lie in `--work`, in files of at most 15
 MB, and must be kept. Nothing is downloaded: `--dataset` is a folder in the schema of `uoft-cs/cifar10`.
 
-Each dense model is trained by TRADES once, with seed 0; the seed of a cell is that of its calibration sets, fine-tuning
-and training attacks. Of every training the last epoch counts, so that no image is chosen by, and all are measured on the
-same test images. `--dataset digits` goes the same way with toy networks, on a CPU too, to try this script: its figures
-mean nothing and go to `--work`.
+Each dense model is trained by TRADES once, with seed 0; the seed of a cell is that of its calibration sets, fine-
+tuning and training attacks. Of every training the last epoch counts, so that no image is chosen by, and all are
+measured on the same test images. `--dataset digits` goes the same way with toy networks, on a CPU too, to try this
+script: its figures mean nothing and go to `--work`.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from side_by_side import RESULTS, own_command, table
 from hf_mrpf import PrunedForImageClassification, RobustnessReport
 from hf_mrpf.cli import number
 from hf_mrpf.console import quieten
+from hf_mrpf.efficiency import device_name
 from hf_mrpf.measured_allocation import known_allocations
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -95,12 +96,17 @@ def cells(args: argparse.Namespace) -> Iterator[Cell]:
                 yield Cell(network, metric, target, allocation, seed)
 
 
+def trained_by(args: argparse.Namespace) -> dict[str, Any]:
+    """What a dense model depends on."""
+    names = ("dense_epochs", "eps", "num_steps", "batch_size", "max_train_samples")
+    given = {name: getattr(args, name) for name in names}
+    return given | {"dataset": Path(args.dataset).name, "precision": "bf16" if args.cuda else "float32"}
+
+
 def settings(args: argparse.Namespace, cell: Cell) -> dict[str, Any]:
     """What the figures of a cell depend on; a line with others is of another cell."""
-    names = ["dataset", "dense_epochs", "eps", "num_steps", "batch_size", "num_samples", "attacks", "max_train_samples"]
-    names += [] if cell.metric is None else ["epochs"]
-    values = {name: getattr(args, name) for name in names}
-    return values | {"dataset": Path(args.dataset).name, "precision": "bf16" if args.cuda else "float32"}
+    measured = {"num_samples": args.num_samples, "attacks": args.attacks}
+    return trained_by(args) | measured | ({} if cell.metric is None else {"epochs": args.epochs})
 
 
 class Clock:
@@ -174,27 +180,28 @@ def training(args: argparse.Namespace, network: str, epochs: float, seed: int) -
     return [*options, *(["--bf16", "--attack_dtype", "bfloat16"] if args.cuda else ["--use_cpu"])]
 
 
-def dense_model(cell: Cell, args: argparse.Namespace) -> Path:
-    """Where the dense model of a network is kept; a ValueError if it was trained with other settings."""
-    folder = args.work / f"dense-{cell.network}"
-    own, dense = folder / "settings.json", settings(args, Cell(cell.network))
-    if own.exists() and (was := json.loads(own.read_text())) != dense:
-        changed = ", ".join(name for name in dense if dense[name] != was.get(name))
+def dense_model(network: str, args: argparse.Namespace) -> tuple[Path, bool]:
+    """Where the dense model of a network is kept, and whether it is there; a ValueError if it is another one."""
+    folder, own = args.work / f"dense-{network}", trained_by(args)
+    if not (folder / "settings.json").exists():
+        return folder, False
+    was = json.loads((folder / "settings.json").read_text())
+    if changed := ", ".join(name for name in own if own[name] != was.get(name)):
         raise ValueError(f"{folder} was trained with other settings ({changed}); give another --work, or those.")
-    return folder
+    return folder, True
 
 
 def made(cell: Cell, clock: Clock, args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
     """Train the dense model, or prune and fine-tune; the folder of the model, and what pruning left of its size."""
-    folder, dense = args.scratch / cell.name, dense_model(cell, args)
+    folder, (dense, there) = args.scratch / cell.name, dense_model(cell.network, args)
     if cell.metric is None:
-        if not (dense / "settings.json").exists():
+        if not there:
             model = (TOYS if args.toy else NETWORKS)[cell.network]
             options = [*training(args, cell.network, args.dense_epochs, 0), *model, "--output_dir", folder / "run"]
             clock.run(folder, "train.py", options)
-            keep(folder, dense, settings(args, cell))
+            keep(folder, dense, trained_by(args))
         return dense, {}
-    if not (dense / "settings.json").exists():
+    if not there:
         raise ValueError(f"{dense} is not there, and cells of {cell.network} are pruned from it; keep --work.")
     options = [*training(args, cell.network, args.epochs, cell.seed), "--model_name_or_path", dense]
     options += ["--target", cell.target, "--target_metric", cell.metric, "--allocation", cell.allocation]
@@ -228,7 +235,8 @@ def finished(cell: Cell, clock: Clock, args: argparse.Namespace) -> dict[str, An
     report = RobustnessReport.from_dict(content)
     line = {"cell": cell.name, **cell._asdict(), "settings": settings(args, cell), **sizes}
     line |= {"accuracy": {name: report.accuracy(name) for name in report}}
-    line |= {name: content[name] for name in ("intervals", "num_samples", "images", "verdicts", "device", "versions")}
+    line |= {name: content[name] for name in ("intervals", "num_samples", "images", "verdicts", "versions")}
+    line |= {"device": device_name(torch.device(args.device))}
     line |= {"attacks": content["settings"], "warnings": [row for row in said.splitlines() if "warning:" in row]}
     return line | {"seconds": seconds_of(model) | seconds_of(folder), "command": own_command()}
 

@@ -2,19 +2,24 @@
 
 import copy
 import itertools
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from process_group import on_processes
 from pruning_reference import ConcatFlatten
 from torch import nn
 
 import hf_mrpf.netadapt
-from hf_mrpf import AttackConfig, MRPFConfig, plan_pruning, prune, recalibrate_batchnorm, repair
+from hf_mrpf import AttackConfig, MRPFConfig, PruningPlan, plan_pruning, prune, recalibrate_batchnorm, repair
 from hf_mrpf.fingerprint import weights_sha256
 from hf_mrpf.measured_allocation import MEASURED, measured_widths
 from hf_mrpf.processes import Processes
 from hf_mrpf.pruned_copies import robust_loss
 
+RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "prune.py"
 EXAMPLE = torch.rand(1, 3, 8, 8)
 ATTACK = AttackConfig(eps=0.1, num_steps=2)
 
@@ -182,6 +187,46 @@ def test_only_the_main_process_measures_and_all_get_what_it_found(model, monkeyp
     sent = ValueError("what went wrong on the first")
     with pytest.raises(ValueError, match="what went wrong on the first"):
         measured_widths(*arguments, seed=0, processes=Second(1, 2))
+
+
+def planned_together(model):
+    made = []
+    robust = hf_mrpf.netadapt.robust_loss
+    hf_mrpf.netadapt.robust_loss = lambda *given, **keywords: made.append(1) or robust(*given, **keywords)
+    options = {"allocation": "netadapt", "batches": calibration(), "attack": ATTACK, "min_channels": 1}
+    return plan_pruning(model, EXAMPLE, target=0.6, distributed=True, **options).kept, len(made)
+
+
+@pytest.mark.slow
+def test_two_processes_get_the_plan_of_the_first(model):
+    (one, measured), (two, none) = on_processes(2, planned_together, model)
+    assert one == two and measured > 8 and none == 0
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_after_the_search_does_not_search_again(tmp_path, monkeypatch, few_copies):
+    options = ["--allocation", "netadapt", "--max_train_samples", "64", "--max_eval_samples", "20", "--use_cpu"]
+    options += ["--base_epochs", "1", "--num_train_epochs", "1", "--num_steps", "1", "--eval_num_steps", "1"]
+    options += ["--calibration_sets", "1", "--calibration_set_size", "16", "--recalibration_samples", "32"]
+    monkeypatch.setattr(sys, "argv", ["recipes/prune.py", "--output_dir", str(tmp_path / "run"), *options])
+    first, made, robust = 0, [], hf_mrpf.netadapt.robust_loss
+    monkeypatch.setattr(
+        hf_mrpf.netadapt, "robust_loss", lambda *given, **more: made.append(1) or robust(*given, **more)
+    )
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    for stopped_at in ("hf_mrpf.trainer.prune", "hf_mrpf.evaluation.evaluate_robustness"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(stopped_at, stop)
+            runpy.run_path(str(RECIPE), run_name="recipe")["main"]()
+        first = first or len(made)
+        assert len(made) == first > 8
+    plans = [
+        PruningPlan.load(tmp_path / "run/stages/pruned" / name) for name in ("measured_plan.json", "pruning_plan.json")
+    ]
+    assert plans[0].kept == plans[1].kept and plans[0].allocation == "netadapt"
 
 
 @pytest.mark.parametrize(
