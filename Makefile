@@ -24,7 +24,7 @@ test-all: $(READY)
 
 # Half an hour and more on two cores; each script tells with --help what it can be asked for.
 bench: $(READY)
-	for script in $(filter-out benchmarks/side_by_side.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
+	for script in $(filter-out benchmarks/side_by_side.py benchmarks/gpu_cifar10.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

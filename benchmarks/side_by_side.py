@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -50,15 +51,16 @@ def clock_of(device: torch.device) -> str:
     return "wall" if device.type == "cuda" else "cpu"
 
 
-def report(name: str, device: torch.device, threads: int, rows: list[dict[str, Any]], **more: Any) -> Path:
-    """
-    Writes `results/<name>.json`, or `<name>-cuda.json`, with the command, versions, device and threads.
-
-    Folders in the command are given by their names alone: where they are is nobody's business.
-    """
+def own_command() -> str:
+    """The command that runs, its folders given by their names alone: where they are is nobody's business."""
     options = [Path(option).name if Path(option).is_dir() else option for option in sys.argv[1:]]
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *options])
+
+
+def report(name: str, device: torch.device, threads: int, rows: list[dict[str, Any]], **more: Any) -> Path:
+    """Writes `results/<name>.json`, or `<name>-cuda.json`, with the command, versions, device and threads."""
     content = {
-        "command": " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *options]),
+        "command": own_command(),
         "device": device_name(device),
         "threads": threads,
         "versions": {

@@ -32,6 +32,7 @@ _LAZY = {
     "hub": ("push_folder",),
     "allocation": ("ALLOCATIONS",),
     "importance": ("IMPORTANCES",),
+    "measured_allocation": ("MEASURED",),
     "modeling": ("PrunedConfig", "PrunedForImageClassification"),
     "objectives": ("OBJECTIVES", "ObjectiveOutput"),
     "plan": ("PruningPlan",),

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from .allocation import ALLOCATIONS
 from .attacks import DTYPES, AttackConfig
 from .importance import IMPORTANCES
 from .latency import TARGET_METRICS
+from .measured_allocation import check_measurable, known_allocations
 from .objectives import OBJECTIVES
 from .sensitivity import COMBINERS, METHODS
 
@@ -69,7 +69,8 @@ class MRPFConfig(TrainingArguments):
         target_metric (`str`, *optional*, defaults to `"macs"`):
             `"macs"`, `"params"` or `"latency"`, which is measured on this machine (see [`plan_pruning`]).
         allocation (`str`, *optional*, defaults to `"mrs"`):
-            How the pruning ratio is shared out between units: a key of `ALLOCATIONS`.
+            How the pruning ratio is shared out between units: a key of `ALLOCATIONS` or, as `netadapt`, of `MEASURED`,
+            whose search prunes and attacks a hundred copies and more.
         combine (`str`, *optional*, defaults to `"sum"`):
             How the sensitivities of a unit's members make the unit's score: `sum`, `max`, `mean` or `joint`.
         importance (`str`, *optional*, defaults to `"magnitude"`):
@@ -149,7 +150,7 @@ class MRPFConfig(TrainingArguments):
     target_metric: str = field(
         default="macs", metadata={"help": f"What the target counts: {', '.join(TARGET_METRICS)}."}
     )
-    allocation: str = field(default="mrs", metadata={"help": f"Ratio per unit by: {', '.join(ALLOCATIONS)}."})
+    allocation: str = field(default="mrs", metadata={"help": f"Ratio per unit by: {', '.join(known_allocations())}."})
     combine: str = field(default="sum", metadata={"help": f"Members' scores to unit's: {', '.join(COMBINERS)}, joint."})
     importance: str = field(default="magnitude", metadata={"help": f"Channels ranked by: {', '.join(IMPORTANCES)}."})
     max_ratio: float = field(default=0.85, metadata={"help": "Largest fraction removed from any unit."})
@@ -234,7 +235,8 @@ class MRPFConfig(TrainingArguments):
     def _check_values(self) -> None:
         if not callable(self.objective):
             _known("objective", self.objective, OBJECTIVES)
-        _known("allocation", self.allocation, ALLOCATIONS)
+        _known("allocation", self.allocation, known_allocations())
+        check_measurable(self.allocation, self.target_metric, self.round_to)
         _known("importance", self.importance, IMPORTANCES)
         _known("combine", self.combine, (*COMBINERS, "joint"))
         _known("sensitivity_method", self.sensitivity_method, METHODS)

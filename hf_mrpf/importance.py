@@ -10,14 +10,13 @@ from torch import Tensor, nn
 
 from .attacks import eval_mode, logits_of
 from .processes import Processes
+from .weight_scores import l1_norms, squared_norms, summed_distances
 
 if TYPE_CHECKING:
     from torch_pruning.dependency import Group
     from torch_pruning.pruner.importance import Importance
 
 Batches = Iterable[tuple[Tensor, Tensor]]
-# Elements that are squared at a time: 1 MB.
-_SQUARES = 2**18
 _NO_IMAGES = "importance {!r} needs images to take gradients on; batches are empty."
 
 
@@ -42,7 +41,7 @@ def magnitude(
     Raises:
         ValueError: if a score is not finite.
     """
-    return _score(_squared_norms, groups)
+    return _score(squared_norms, groups)
 
 
 def random(
@@ -54,6 +53,28 @@ def random(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _score(RandomImportance(), groups)
+
+
+def l1(
+    model: nn.Module, groups: Mapping[str, "Group"], batches: Batches, seed: int, processes: Processes | None = None
+) -> dict[str, Tensor]:
+    """
+    Sum of the absolute weights of the filters that write a channel, over all layers that do ([Pruning
+    Filters](https://huggingface.co/papers/1608.08710)). Arguments and result as for [`magnitude`].
+    """
+    return _score(l1_norms, groups)
+
+
+def fpgm(
+    model: nn.Module, groups: Mapping[str, "Group"], batches: Batches, seed: int, processes: Processes | None = None
+) -> dict[str, Tensor]:
+    """
+    Sum of the distances from a channel's filters to those of the unit's other channels: least for what lies next to
+    their geometric median ([FPGM](https://huggingface.co/papers/1811.00250)). Arguments and result as for
+    [`magnitude`].
+    """
+    # torch-pruning's FPGMImportance takes distances between squared weights, which have no signs, and of readers too.
+    return _score(summed_distances, groups)
 
 
 def lamp(
@@ -162,36 +183,6 @@ def get_importance(name: str) -> Callable[..., dict[str, Tensor]]:
     return IMPORTANCES[name]
 
 
-@torch.no_grad()
-def _squared_norms(group: "Group") -> Tensor:
-    """What `GroupMagnitudeImportance(p=2)` gives, to the bit, without three copies of the weights of every side."""
-    import torch_pruning as tp
-
-    total, count = torch.zeros(1 + max(group[0].root_idxs)), 0
-    for item in group.items:
-        layer, function = item.dep.layer, item.dep.pruning_fn
-        weight = layer.weight
-        if weight is None or isinstance(layer, nn.GroupNorm) or function == tp.prune_depthwise_conv_out_channels:
-            continue
-        inputs = function in (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
-        rows = weight.transpose(0, 1) if inputs else weight
-        squares = _sums_of_squares(rows.flatten(1)) if weight.ndim > 1 else weight.square()
-        if inputs and isinstance(layer, nn.Conv2d):
-            squares = squares.repeat(layer.groups)
-        indices = torch.tensor(item.idxs, device=squares.device)
-        total.scatter_add_(0, torch.tensor(item.root_idxs), squares[indices].float().cpu())
-        count += 1
-    total /= count
-    return total / total.mean()
-
-
-def _sums_of_squares(rows: Tensor) -> Tensor:
-    """Of each row; some rows at a time, because fresh memory for many squares takes longer than they do."""
-    if not rows.is_contiguous():  # such sums are taken in an order that hangs on how many there are
-        return rows.square().sum(1)
-    return torch.cat([part.square().sum(1) for part in rows.split(max(1, _SQUARES // rows.shape[1]))])
-
-
 def _score(importance: "Importance", groups: Mapping[str, "Group"]) -> dict[str, Tensor]:
     scores = {}
     for name, group in groups.items():
@@ -283,4 +274,6 @@ IMPORTANCES: dict[str, Callable[..., dict[str, Tensor]]] = {
     "hessian": hessian,
     "lamp": lamp,
     "fisher": fisher,
+    "l1": l1,
+    "fpgm": fpgm,
 }

@@ -73,7 +73,8 @@ def measured_widths(
         allocation (`str`): a key of `MEASURED`.
         graph ([`UnitGraph`]), keep (`Callable`), metric (`str`): as for [`PrunedCopies`].
         calibration (`tuple`): `batches` and `attack`.
-        processes ([`Processes`]): the main one measures on all images while the others wait; all get its widths.
+        processes ([`Processes`]): the main one measures on all images while the others wait, no longer than the
+            timeout of their group (`--ddp_timeout`); all get its widths.
         progress (`bool`, *optional*, defaults to `False`): whether to show a bar of the copies.
         model, options, target, seed: as above.
 

@@ -61,6 +61,6 @@ def _proposals(copies: PrunedCopies, options: Mapping[str, Sequence[int]], width
     for name, choices in options.items():
         sizes = [copies.size(widths | {name: width}) for width in choices]
         fitting = bisect_right(sizes, goal)
-        if fitting and choices[fitting - 1] < widths[name]:
+        if fitting:
             proposals.append(widths | {name: choices[fitting - 1]})
     return proposals

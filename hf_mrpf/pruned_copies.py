@@ -24,6 +24,9 @@ class PrunedCopies:
     """
     Makes what pruning would leave of a model at given widths. The model itself stays as it is.
 
+    The second moments of all layers that a repair may refit are held in memory once they are needed: 8 bytes times the
+    square of the inputs of each.
+
     Args:
         model (`nn.Module`): the dense model, in any mode.
         graph ([`UnitGraph`]): its units.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .allocation import Widths, allowed_widths, get_allocation, meet_target, nearest_width
+from .allocation import Widths, allowed_widths, get_allocation, meet_target, nearest_width, reads
 from .attacks import AttackConfig
 from .calibration import attacked_batches
 from .efficiency import count_macs, count_parameters
@@ -77,13 +77,14 @@ def plan_pruning(
             median over interleaved rounds of its fraction of the model's own, met within 10 %. The multiply-accumulates
             that this takes are searched for.
         allocation (`str`, *optional*, defaults to `"mrs"`):
-            A key of `ALLOCATIONS` or `MEASURED`: how much each unit gives. `"mrs"` reads sensitivities, `"global"`
-            importances; the measured ones, such as `"netadapt"`, need `batches` and `attack` for the losses of pruned
-            copies. They go with neither a target of latency nor `round_to="auto"`.
+            How much each unit gives: a key of `ALLOCATIONS`, or of `MEASURED`. `"mrs"` and its controls `"anti_mrs"`
+            and `"shuffled_mrs"` read sensitivities, `"global"` and `"isomorphic"` importances. The measured ones, such
+            as `"netadapt"`, need `batches` and `attack` for the losses of pruned copies, and go with neither a target
+            of latency nor `round_to="auto"`; on several processes the first one measures.
         scores (`Mapping[str, float]`, *optional*):
             Sensitivities in nats of every member by module name (combined per unit), or of every unit by unit name
-            (taken as they are). Where `"mrs"` needs them and they are not given, they are measured on `batches` with
-            `attack`.
+            (taken as they are). Where the allocation reads them and they are not given, they are measured on `batches`
+            with `attack`.
         combine (`str`, *optional*, defaults to `"sum"`):
             How members' scores make a unit's: `"sum"`, `"max"`, `"mean"`, or `"joint"`, which perturbs all members of a
             unit together and so needs `batches` and `attack`, or scores by unit name.
@@ -110,7 +111,7 @@ def plan_pruning(
             Whether attention loses whole heads (at least one stays), instead of the same number of channels of every
             head. `min_channels` and `round_to` are not about heads.
         seed (`int`, *optional*, defaults to 0):
-            Of random importances and of the attack's starts.
+            Of random importances, of the attack's starts, and of how `"shuffled_mrs"` deals.
         distributed (`bool`, *optional*, defaults to `False`):
             Whether every process of the group makes this same call: each then takes a share of the images, and all get
             the same plan.
@@ -131,9 +132,11 @@ def plan_pruning(
     score_channels = get_importance(importance)
     _check_options(target, target_metric, combine, max_ratio, min_channels, round_to, latency_batch_size, seed, heads)
     calibration = None if batches is None or attack is None else (list(batches), attack)
-    if calibration is None and allocation == "mrs" and scores is None:
+    read = reads(allocation)
+    if calibration is None and "sensitivities" in read and scores is None:
         raise ValueError(
-            "allocation 'mrs' needs scores, or batches and attack to measure them on; none or only one was given."
+            f"allocation {allocation!r} needs scores, or batches and attack to measure them on; none or only one was "
+            "given."
         )
     check_measurable(allocation, target_metric, round_to)
     if calibration is None and allocation in MEASURED:
@@ -157,7 +160,7 @@ def plan_pruning(
 
     module_scores: dict[str, float] = {}
     unit_scores: dict[str, float] = {}
-    if scores is None and allocation == "mrs" and calibration is not None:
+    if scores is None and "sensitivities" in read and calibration is not None:
         groups = {unit.name: unit.members for unit in graph.units} if combine == "joint" else None
         scores = module_robustness_sensitivity(
             model, *calibration, seed=seed, groups=groups, distributed=distributed, progress=progress
@@ -171,19 +174,21 @@ def plan_pruning(
 
     order = {unit.name: unit_scores.get(unit.name, 0.0) for unit in free}
     given_scores: Mapping[str, Any] = order
-    if allocation == "global":
+    if "importances" in read:
         given_scores = {unit.name: importance_by_channel(graph, unit, importances) for unit in free}
     costs = {unit.name: graph.touching(unit, metric) for unit in free}
     free_widths = {unit.name: unit.width for unit in free}
+    keywords = {"seed": seed, "structures": {unit.name: graph.structure(unit) for unit in free}}
+    more = {name: value for name, value in keywords.items() if name in read}
 
     def choose(fraction: float, multiple: int) -> Widths:
-        options, wanted = options_at(multiple), fraction * before[metric]
+        allocate, options, wanted = get_allocation(allocation), options_at(multiple), fraction * before[metric]
         smallest = {name: widths[0] for name, widths in options.items()}
         if graph.size(smallest)[metric] >= wanted:
             return smallest
 
         def widths_at(nominal: float) -> Widths:
-            ratios = get_allocation(allocation)(given_scores, free_widths, costs, nominal, max_ratio=max_ratio)
+            ratios = allocate(given_scores, free_widths, costs, nominal, max_ratio=max_ratio, **more)
             return {
                 name: nearest_width(options[name], free_widths[name] * (1 - ratio)) for name, ratio in ratios.items()
             }

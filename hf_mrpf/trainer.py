@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
 
+from .allocation import reads
 from .attacks import eval_mode, logits_of
 from .augmentation import augment, mirror_keeps_class
 from .averaging import AveragingTrainer
@@ -252,7 +253,7 @@ class MRPFTrainer(AveragingTrainer):
 
     def _plan(self, model: nn.Module, calibration: list) -> PruningPlan:
         args, example, scores = self.args, calibration[0][0][:1], None
-        if args.allocation == "mrs":
+        if "sensitivities" in reads(args.allocation):
             joint = args.combine == "joint"
             units = pruning_units(model, example, heads=args.prune_heads) if joint else []
             groups = {unit.name: unit.members for unit in units} if joint else None

@@ -109,6 +109,15 @@ class UnitGraph:
         """MACs per image (or parameters) that would be saved if `unit` had no channels at all."""
         return self.size({})[metric] - self.size({unit.name: 0})[metric]
 
+    def structure(self, unit: PruningUnit) -> tuple[str, ...]:
+        """
+        How a unit is built: its kind, then kind and side of all layers that its channels pass, in module order.
+
+        Equal for units that are built alike, whatever their widths and kernels, such as the insides of two blocks.
+        """
+        sides = (f"{self.layers[slot.layer].kind} {slot.side}" for slot in self.slots[unit.name])
+        return (unit.kind, *sides)
+
     def removed_positions(self, kept: Mapping[str, Any]) -> dict[tuple[str, str], list[int]]:
         """
         Translate kept channels of units to removed indices of layers.

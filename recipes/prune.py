@@ -58,6 +58,7 @@ from hf_mrpf.hub import shown_plan, write_plans
 from hf_mrpf.interruption import resumable
 from hf_mrpf.launch import check_world_size
 from hf_mrpf.logs import end_of_run
+from hf_mrpf.measured_allocation import MEASURED
 from hf_mrpf.model_card import CardInfo, PlanSummary, render_card
 from hf_mrpf.progress import shows_progress
 from hf_mrpf.pruning import plan_pruning, prune
@@ -82,7 +83,7 @@ from hf_mrpf.stages import (
 )
 
 ATTACKS = ("clean", "fgsm", "pgd20", "cw")
-# Of a stage whose plan hangs on measured times, from when it is planned.
+# Of a stage whose plan hangs on measured times or losses, from when it is planned.
 MEASURED_PLAN = "measured_plan.json"
 
 
@@ -227,13 +228,13 @@ def measured_before(run: RunFolder, stage: str, model, trainer) -> PruningPlan |
 
 
 class KeepMeasuredPlan(TrainerCallback):
-    """Writes a plan that hangs on a measurement, which would not come out the same a second time."""
+    """Writes a plan that hangs on measured times, which would differ the second time, or on a search that took long."""
 
     def __init__(self, file: Path):
         self.file = file
 
     def on_plan_end(self, args, state, control, *, plan, **kwargs):
-        if plan.latency is not None and args.process_index == 0:
+        if (plan.latency is not None or plan.allocation in MEASURED) and args.process_index == 0:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.file, plan.to_dict())
 

@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_mrpf.allocation import ALLOCATIONS, allowed_widths, get_allocation, meet_target, mrs, nearest_width
+from hf_mrpf.allocation import (
+    ALLOCATIONS,
+    allowed_widths,
+    get_allocation,
+    meet_target,
+    nearest_width,
+    nudged,
+    reads,
+)
+from hf_mrpf.rules import mrs
 
 
 @st.composite
@@ -30,8 +39,10 @@ def channel_scores(scores, widths):
 @given(problems(), st.sampled_from(sorted(ALLOCATIONS)))
 def test_the_target_is_met_and_no_unit_goes_beyond_its_limit(problem, name):
     scores, widths, costs, target, max_ratio = problem
-    given_scores = channel_scores(scores, widths) if name == "global" else scores
-    ratios = ALLOCATIONS[name](given_scores, widths, costs, target, max_ratio=max_ratio)
+    given_scores = channel_scores(scores, widths) if "importances" in reads(name) else scores
+    keywords = {"seed": 3, "structures": {unit: unit in ("u0", "u3", "u4") for unit in widths}}
+    keywords = {keyword: value for keyword, value in keywords.items() if keyword in reads(name)}
+    ratios = ALLOCATIONS[name](given_scores, widths, costs, target, max_ratio=max_ratio, **keywords)
     assert list(ratios) == list(widths)
     assert all(0 <= ratio <= max_ratio for ratio in ratios.values())
     kept = sum(costs[unit] * (1 - ratio) for unit, ratio in ratios.items())
@@ -67,6 +78,48 @@ def test_global_takes_the_least_important_channels_of_all():
     scores = {"a": [0.1, 5, 0.2, 6], "b": [1, 2, 3, 4]}
     ratios = ALLOCATIONS["global"](scores, {"a": 4, "b": 4}, {"a": 4, "b": 4}, 5 / 8)
     assert ratios == pytest.approx({"a": 0.5, "b": 0.25})
+
+
+def test_anti_mrs_gives_the_highest_score_the_ratio_of_the_lowest():
+    scores = {"low": 1e-4, "next": 1e-3, "third": 0.3, "high": 1.0}
+    widths, costs = dict.fromkeys(scores, 10), dict.fromkeys(scores, 1.0)
+    ratios, anti = (ALLOCATIONS[name](scores, widths, costs, 0.7) for name in ("mrs", "anti_mrs"))
+    assert list(anti) == list(scores)
+    for unit, other in {"low": "high", "next": "third", "third": "next", "high": "low"}.items():
+        assert anti[unit] == pytest.approx(ratios[other])
+
+
+def test_shuffled_mrs_deals_the_same_ratios_to_other_units_by_a_seed():
+    scores = {f"u{i}": 10.0**-i for i in range(8)}
+    widths, costs = dict.fromkeys(scores, 10), dict.fromkeys(scores, 1.0)
+    ratios = ALLOCATIONS["mrs"](scores, widths, costs, 0.7)
+    first, again, other = (ALLOCATIONS["shuffled_mrs"](scores, widths, costs, 0.7, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other and first != ratios != other
+    for dealt in (first, other):
+        assert sorted(dealt.values()) == pytest.approx(sorted(ratios.values()))
+        assert list(dealt) == list(scores)
+
+
+def test_isomorphic_removes_the_same_share_of_the_least_important_of_every_group():
+    """Two blocks of small importances are alike, and the stem has large ones: no group pays for another."""
+    scores = {"stem": [90.0, 50, 70, 60], "one": [0.1, 0.2, 0.3, 0.4], "two": [0.5, 0.6, 0.7, 0.05]}
+    widths = dict.fromkeys(scores, 4)
+    structures = {"stem": "a", "one": "b", "two": "b"}
+    ratios = ALLOCATIONS["isomorphic"](scores, widths, dict.fromkeys(scores, 4.0), 0.5, structures=structures)
+    alike = sorted(scores["one"] + scores["two"])[:4]  # half of the group: 0.05, 0.1, 0.2, 0.3
+    expected = {unit: sum(score in alike for score in scores[unit]) / 4 for unit in ("one", "two")}
+    assert ratios == pytest.approx({"stem": 0.5} | expected)
+    # One group of all is the global ranking.
+    together = ALLOCATIONS["isomorphic"](scores, widths, widths, 0.5, structures=dict.fromkeys(scores, "a"))
+    assert together == pytest.approx(ALLOCATIONS["global"](scores, widths, widths, 0.5))
+    with pytest.raises(ValueError, match=r"structures lacks units \['two'\]"):
+        ALLOCATIONS["isomorphic"](scores, widths, widths, 0.5, structures={"stem": "a", "one": "b"})
+
+
+def test_a_gap_is_closed_by_the_single_step_that_leaves_least_of_it():
+    options = {"a": [2, 4, 6], "b": [1, 2, 3]}
+    found = nudged(lambda widths: 10 * widths["a"] + widths["b"], options, {"a": 6, "b": 3}, 42)
+    assert found == {"a": 4, "b": 2}
 
 
 @pytest.mark.parametrize(

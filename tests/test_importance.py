@@ -120,6 +120,53 @@ def test_fisher_is_half_the_mean_square_of_the_derivative_by_a_gate_that_all_rea
     torch.testing.assert_close(scores["left"], (both**2).sum(0) / (2 * 5), rtol=1e-4, atol=0)
 
 
+def filters_of(model):
+    """Of `Gated`'s stream: channel i of either group is written by rows i and i + 3 of both convolutions."""
+    return torch.stack(
+        [
+            torch.cat(
+                [layer.weight.detach()[row].flatten() for layer in (model.left, model.right) for row in (i, i + 3)]
+            )
+            for i in range(3)
+        ]
+    )
+
+
+def test_l1_is_the_norm_of_all_filters_that_write_a_channel():
+    model = Gated()
+    scores = IMPORTANCES["l1"](model, traced(model), (), 0)
+    torch.testing.assert_close(scores["left"], filters_of(model).abs().sum(1))
+    expected = sum(layer.weight.detach().abs().sum((1, 2, 3)) for layer in (model.grouped, model.plain))
+    # The grouped convolution's outputs come in two groups of two, which lose the same.
+    torch.testing.assert_close(scores["grouped"].sum(), expected.sum())
+
+
+def test_fpgm_is_the_summed_distance_to_the_other_channels_filters():
+    model = Gated()
+    filters = filters_of(model)
+    expected = torch.stack([sum((own - other).norm() for other in filters) for own in filters])
+    torch.testing.assert_close(IMPORTANCES["fpgm"](model, traced(model), (), 0)["left"], expected)
+
+
+def test_fpgm_keeps_the_signs_of_weights_and_gives_up_what_others_can_stand_for():
+    """Of 1, 2, 3 and -2 the geometric median is near 1 and 2; by squares 2 and -2 would be the same filter."""
+    model = Chain()
+    with torch.no_grad():
+        model.conv.weight.copy_(torch.tensor([1.0, 2, 3, -2, 4, 5])[:, None, None, None].expand_as(model.conv.weight))
+    scores = IMPORTANCES["fpgm"](model, traced(model), (), 0)["conv"] / 27**0.5
+    torch.testing.assert_close(scores, torch.tensor([13.0, 11, 11, 25, 13, 17]))
+
+
+def test_l1_and_fpgm_of_heads_take_all_rows_of_a_head_together():
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2)
+    groups = trace_units(model.eval(), torch.rand(1, 3, 8, 8), heads=True).groups
+    heads = model.blocks[0].attn.qkv.weight.detach().reshape(3, 2, -1).transpose(0, 1).flatten(1)
+    l1, fpgm = (IMPORTANCES[name](model, groups, (), 0)["blocks.0.attn"] for name in ("l1", "fpgm"))
+    torch.testing.assert_close(l1, heads.abs().sum(1))
+    torch.testing.assert_close(fpgm, (heads[0] - heads[1]).norm().repeat(2))
+
+
 def test_fisher_of_queries_and_keys_is_that_of_a_gate_on_their_products():
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", img_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2)
@@ -181,8 +228,8 @@ def test_gradients_need_images(name):
 
 
 def test_unknown_importances_are_refused():
-    with pytest.raises(ValueError, match="importance is 'l1'; known importances: magnitude, random, taylor"):
-        get_importance("l1")
+    with pytest.raises(ValueError, match="importance is 'l0'; known importances: magnitude, random, taylor"):
+        get_importance("l0")
 
 
 @pytest.mark.parametrize("network", [*NETWORKS, "test_vit", "convnext_atto"])

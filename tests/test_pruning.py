@@ -251,7 +251,7 @@ def test_other_weights_warn_and_other_widths_are_refused_before_any_cut():
         ({"max_ratio": 0}, r"max_ratio is 0; .*REMOVED"),
         ({"target_metric": "bytes"}, "target_metric is 'bytes'; known metrics: macs, params, latency"),
         ({"allocation": "best"}, "known allocations: mrs, uniform, global"),
-        ({"importance": "l1"}, "known importances: magnitude"),
+        ({"importance": "l0"}, "known importances: magnitude"),
         ({"combine": "min"}, "combine is 'min'; known: .*sum.*joint"),
         ({"min_channels": 0}, "min_channels is 0; an integer of at least 1"),
         ({"round_to": 2.5}, r"round_to is 2\.5; an integer of at least 1, or 'auto', is needed"),
