@@ -69,8 +69,8 @@ class MRPFConfig(TrainingArguments):
         target_metric (`str`, *optional*, defaults to `"macs"`):
             `"macs"`, `"params"` or `"latency"`, which is measured on this machine (see [`plan_pruning`]).
         allocation (`str`, *optional*, defaults to `"mrs"`):
-            How the pruning ratio is shared out between units: a key of `ALLOCATIONS` or, as `netadapt`, of `MEASURED`,
-            whose search prunes and attacks a hundred copies and more.
+            How the pruning ratio is shared out between units: a key of `ALLOCATIONS` or, as `netadapt` and `damage`, of
+            `MEASURED`, whose search prunes and attacks copies by the dozen.
         combine (`str`, *optional*, defaults to `"sum"`):
             How the sensitivities of a unit's members make the unit's score: `sum`, `max`, `mean` or `joint`.
         importance (`str`, *optional*, defaults to `"magnitude"`):
@@ -262,6 +262,11 @@ class MRPFConfig(TrainingArguments):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 other = ", or auto" if name == "round_to" else ""
                 raise ValueError(f"{name}={value} must be a whole number, at least {least}{other}.")
+        if self.allocation == "damage" and self.calibration_sets < 2:
+            raise ValueError(
+                f"calibration_sets={self.calibration_sets}, and allocation 'damage' measures on some sets and decides on "
+                "another: give at least 2."
+            )
         if self.crop_padding is not None and self.crop_padding < 0:
             raise ValueError(f"crop_padding={self.crop_padding} must be at least 0.")
         if self.sensitivity_steps is not None and (self.sensitivity_steps < 1 or METHODS[self.sensitivity_method] == 0):

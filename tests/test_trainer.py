@@ -385,6 +385,7 @@ def test_an_evaluation_before_training_does_not_mark_the_model_as_prepared(tmp_p
         ({"eps": 8}, r"8.*8/255"),
         ({"min_channels": 0}, r"min_channels=0 must be a whole number, at least 1"),
         ({"calibration_sets": True}, r"calibration_sets=True must be a whole number"),
+        ({"allocation": "damage", "calibration_sets": 1}, r"decides on another: give at least 2"),
         ({"gamma": float("inf")}, r"gamma=inf must be in \[0, 1\]"),
         ({"gamma": 5.0}, r"gamma=5.0 must be in \[0, 1\]"),
         ({"beta": -1.0}, r"beta=-1.0 must be a finite number, at least 0"),
