@@ -264,8 +264,8 @@ class MRPFConfig(TrainingArguments):
                 raise ValueError(f"{name}={value} must be a whole number, at least {least}{other}.")
         if self.allocation == "damage" and self.calibration_sets < 2:
             raise ValueError(
-                f"calibration_sets={self.calibration_sets}, and allocation 'damage' measures on some sets and decides on "
-                "another: give at least 2."
+                f"calibration_sets={self.calibration_sets}, and allocation 'damage' measures on some sets and decides "
+                "on another: give at least 2."
             )
         if self.crop_padding is not None and self.crop_padding < 0:
             raise ValueError(f"crop_padding={self.crop_padding} must be at least 0.")
