@@ -107,7 +107,7 @@ def test_an_objective_that_needs_a_teacher_is_refused():
 
 
 def test_options_are_those_of_pruning_less_what_is_about_pruning(monkeypatch, capsys):
-    data_args, model_args, run_args, args = arguments(monkeypatch, "--use_cpu")
+    data_args, model_args, _, run_args, args = arguments(monkeypatch, "--use_cpu")
     assert (args.output_dir, args.num_train_epochs, args.eps) == ("outputs/digits-dense", 28.0, 0.2)
     assert (model_args.base_epochs, model_args.control_epochs, run_args.expected_world_size) == (None, 0.0, None)
     assert data_args.dataset_name is None
