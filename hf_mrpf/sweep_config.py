@@ -42,7 +42,8 @@ class SweepConfig:
 
     Attributes:
         name (`str`): of the figure or table; the stem of the file if not given.
-        output_dir (`str`): folder of the runs, the table and what is drawn; `outputs/sweeps/NAME` if not given.
+        output_dir (`str`): folder of the runs, the table and what is drawn; `outputs/sweeps` if not given. Sweeps in one
+            folder share the runs that they have in common, such as dense models.
         common, dense, prune (`dict`): options of every run, of the training of dense models alone, and of pruning with
             its fine-tuning (a control is trained by these too).
         grid (`dict[str, dict[Any, dict]]`): options of each value of each axis.
@@ -90,7 +91,7 @@ def read_config(path: Path | str, *, small: bool = False, overrides: Sequence[st
         if not changes:
             raise ValueError(f"{path} has no section `small`, so there is nothing for --small; use --set.")
         content["name"] = f"{name}-small"
-    content.setdefault("output_dir", f"outputs/sweeps/{content['name']}")
+    content.setdefault("output_dir", "outputs/sweeps")
     content["grid"] = {axis: _values(axis, values) for axis, values in _mapping("grid", content.get("grid")).items()}
     wanted = list(changes.items()) if small else []
     for override in overrides:
