@@ -52,13 +52,17 @@ class Cell:
         return RECIPE_OF[self.kind]
 
     @property
+    def settings(self) -> str:
+        """A hash of all that its result depends on."""
+        options = {key: value for key, value in self.options.items() if key not in NOT_PART_OF_A_RUN}
+        content = [self.kind, options, self.start and self.start.settings]
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+    @property
     def name(self) -> str:
         """Name of its folder and its lines in the table: its axes to be read, its settings as a hash."""
-        settings = {key: value for key, value in self.options.items() if key not in NOT_PART_OF_A_RUN}
-        content = [self.kind, settings, self.start and self.start.name]
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
-        words = [self.kind, *map(str, self.axes.values())]
-        return f"{re.sub(r'[^A-Za-z0-9.]+', '-', '-'.join(words))[:LONGEST_NAME].strip('-')}-{digest}"
+        words = "-".join([self.kind, *map(str, self.axes.values())])
+        return f"{re.sub(r'[^A-Za-z0-9.]+', '-', words)[:LONGEST_NAME].strip('-')}-{self.settings}"
 
     def arguments(self, output_dir: Path | str) -> list[str]:
         """The command line of its recipe."""
@@ -82,6 +86,7 @@ def sweep_cells(config: SweepConfig) -> list[Cell]:
         ValueError: where two cells would be the same run, or a control cannot be made, with what to change.
     """
     found: dict[str, Cell] = {}
+    grid: dict[str, Cell] = {}
     axes = [axis for axis in (*DENSE_AXES, *config.grid) if axis in config.grid]
     axes = list(dict.fromkeys(axes))
     for labels in itertools.product(*(config.grid[axis] for axis in axes)):
@@ -90,11 +95,11 @@ def sweep_cells(config: SweepConfig) -> list[Cell]:
         dense = _dense(config, values)
         options = _known(config.common | config.prune | chosen | config.always, "prune")
         pruned = Cell("pruned", values, _less(options, OF_THE_MODEL), dense)
-        if pruned.name in found:
+        if (same := grid.setdefault(pruned.settings, pruned)) is not pruned:
             raise ValueError(
-                f"Two cells of the grid are the same run: {found[pruned.name].axes} and {values}. Each value of an "
-                "axis must change an option, and --set may not settle what an axis varies: give it one value by "
-                "--set grid.AXIS=[...] instead."
+                f"Two cells of the grid are the same run: {same.axes} and {values}. Each value of an axis must change "
+                "an option, and --set may not settle what an axis varies: give it one value by --set grid.AXIS=[...] "
+                "instead."
             )
         cells = [dense, pruned, *_controls(config, dense, pruned, config.common | config.prune | chosen)]
         found |= {cell.name: found.get(cell.name, cell) for cell in cells}

@@ -42,8 +42,8 @@ class SweepConfig:
 
     Attributes:
         name (`str`): of the figure or table; the stem of the file if not given.
-        output_dir (`str`): folder of the runs, the table and what is drawn; `outputs/sweeps` if not given. Sweeps in one
-            folder share the runs that they have in common, such as dense models.
+        output_dir (`str`): folder of the runs, the table and what is drawn; `outputs/sweeps` if not given. Sweeps in
+            one folder share the runs that they have in common, such as dense models.
         common, dense, prune (`dict`): options of every run, of the training of dense models alone, and of pruning with
             its fine-tuning (a control is trained by these too).
         grid (`dict[str, dict[Any, dict]]`): options of each value of each axis.

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .results import attack_title
-from .sweep_summary import ROBUST, TITLES, Spread, grouped, percent, removed, varying
+from .sweep_summary import ROBUST, TITLES, Spread, agreeing, grouped, percent, removed, varying
 from .sweep_table import Row
 
 if TYPE_CHECKING:
@@ -29,9 +29,11 @@ def sparsity_figure(rows: Sequence[Row], lines: Sequence[str]) -> "Figure":
     shapes trained from scratch. What else differs but seed and target makes columns of panels.
     """
     pruned = _pruned(rows)
-    panels, names = grouped(rows, varying(pruned, *lines, "target")), list(grouped(pruned, lines))
+    across = varying(pruned, *lines, "target")
+    panels, names = list(grouped(pruned, across)), list(grouped(pruned, lines))
     figure, axes = _panels(2, len(panels), sharex=True)
-    for column, (title, inside) in enumerate(panels.items()):
+    for column, title in enumerate(panels):
+        inside = agreeing(rows, across, title)
         for line, attack in enumerate(("clean", ROBUST)):
             for values, group in grouped(_of("pruned", inside), lines).items():
                 _line(axes[line][column], group, attack, names.index(values), _words(values))
@@ -61,9 +63,9 @@ def dots_figure(rows: Sequence[Row], dots: str) -> "Figure":
     figure, axes = _panels(len(panel_rows), len(panel_columns), height=height, sharex=True, sharey=True)
     for line, upper in enumerate(panel_rows):
         for column, left in enumerate(panel_columns):
-            panel, inside = axes[line][column], grouped(grouped(rows, down)[upper], across).get(left, [])
+            panel, inside = axes[line][column], agreeing(pruned, [*down, *across], (*upper, *left))
             for attack in ("clean", ROBUST):
-                _dots(panel, _of("pruned", inside), dots, names, attack)
+                _dots(panel, inside, dots, names, attack)
             panel.set_title(_words((*upper, *left)), fontsize=10)
             panel.set_yticks(range(len(names)), [str(name) for name in names])
             panel.set_ylim(len(names) - 0.5, -0.5)

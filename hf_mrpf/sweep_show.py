@@ -30,15 +30,16 @@ def check_show(config: SweepConfig) -> None:
     value: Any = show.get(argument)
     if value is None and kind == "table":
         return
-    if isinstance(value, dict) != (kind == "table"):
+    wanted: tuple[type, ...] = (dict,) if kind == "table" else (str, list)
+    if not isinstance(value, wanted):
         form = "a mapping from axes to one value each" if kind == "table" else "an axis, or a list of axes"
         raise ValueError(f"show.{argument} is {value!r}; {form} of the grid is needed: {', '.join(config.grid)}.")
     for axis in _axes(value):
         if axis not in config.grid:
             raise ValueError(f"show.{argument}: {axis!r} is no axis of the grid, which has {', '.join(config.grid)}.")
-        if kind == "table" and value[axis] not in config.grid[axis]:
+        if kind == "table" and (label := show[argument][axis]) not in config.grid[axis]:
             known = ", ".join(map(str, config.grid[axis]))
-            raise ValueError(f"show.against.{axis}: {value[axis]!r} is not in the grid, which has {known}.")
+            raise ValueError(f"show.against.{axis}: {label!r} is not in the grid, which has {known}.")
 
 
 def show_rows(config: SweepConfig, rows: Sequence[Row]) -> tuple[list[Path], str]:

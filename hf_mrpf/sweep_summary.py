@@ -60,6 +60,12 @@ def grouped(rows: Iterable[Row], axes: Sequence[str]) -> dict[tuple, list[Row]]:
     return groups
 
 
+def agreeing(rows: Iterable[Row], axes: Sequence[str], values: tuple) -> list[Row]:
+    """Rows with these values of `axes`; a dense model or its control, which has fewer axes, agrees in those it has."""
+    wanted = dict(zip(axes, values, strict=True))
+    return [row for row in rows if all(row["axes"].get(axis, label) == label for axis, label in wanted.items())]
+
+
 def varying(rows: Iterable[Row], *but: str) -> list[str]:
     """The axes in which rows differ, but for the seed and those named."""
     values: dict[str, set] = {}
@@ -113,7 +119,8 @@ def summary_table(rows: Sequence[Row], *, against: Mapping[str, Any] | None = No
         longer = [row for row in block if row["kind"] == "dense-longer"]
         scratch = grouped([row for row in block if row["kind"] == "from-scratch"], own)
         if cells:
-            lines.append(_line(label, ["dense"], own, cells, attacks, model="dense"))
+            parents = {row["start"]: row for row in cells}
+            lines.append(_line(label, ["dense"], own, list(parents.values()), attacks, model="dense"))
         if longer:
             lines.append(_line(label, [TITLES["dense-longer"]], own, longer, attacks))
         for values, group in grouped(cells, own).items():
