@@ -1,10 +1,12 @@
 """The figures of a sweep: readable in print and with any colour vision, means with their spread over seeds."""
 
 import statistics
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .results import attack_title
+from .sweep_config import DENSE_AXES
 from .sweep_summary import ROBUST, TITLES, Spread, agreeing, grouped, percent, removed, varying
 from .sweep_table import Row
 
@@ -23,24 +25,31 @@ PANEL = 3.6  # inches
 
 def sparsity_figure(rows: Sequence[Row], lines: Sequence[str]) -> "Figure":
     """
-    Clean (above) and robust accuracy (below) against what was removed: a line for each value of the axes `lines`.
+    Clean and robust accuracy against what was removed: a line for each value of the axes `lines`.
 
     A line begins at its dense model; a star there is that model after the same extra epochs, and hollow marks are
-    shapes trained from scratch. What else differs but seed and target makes columns of panels.
+    shapes trained from scratch. What else differs but seed and target makes columns of panels, robust accuracy below.
     """
     pruned = _pruned(rows)
     across = varying(pruned, *lines, "target")
     panels, names = list(grouped(pruned, across)), list(grouped(pruned, lines))
-    figure, axes = _panels(2, len(panels), sharex=True)
+    if len(panels) > 1:
+        figure, axes = _panels(2, len(panels), sharex=True)
+    else:  # side by side, as wide as a page
+        figure, axes = _panels(1, 2)
+        axes = axes.reshape(2, 1)
     for column, title in enumerate(panels):
         inside = agreeing(rows, across, title)
         for line, attack in enumerate(("clean", ROBUST)):
+            panel = axes[line][column]
             for values, group in grouped(_of("pruned", inside), lines).items():
-                _line(axes[line][column], group, attack, names.index(values), _words(values))
-            _controls(axes[line][column], inside, lines, names, attack)
-            axes[line][column].set_ylabel(f"{_accuracy(attack)} (%)" if column == 0 else "")
-        axes[0][column].set_title(_words(title), fontsize=10)
-        axes[1][column].set_xlabel(f"{_metrics(pruned)} removed (%)")
+                _line(panel, group, attack, names.index(values), _words(values))
+            _controls(panel, inside, lines, names, attack)
+            panel.set_ylabel(f"{_accuracy(attack)} (%)" if column == 0 else "")
+            if line == 0 or len(panels) == 1:
+                panel.set_title(_words(title) or _common(pruned), fontsize=10)
+            if line == 1 or len(panels) == 1:
+                panel.set_xlabel(f"{_metrics(pruned)} removed (%)")
     _legend(figure, axes[0][0])
     return _noted(figure, pruned, "mean ± standard deviation")
 
@@ -66,7 +75,7 @@ def dots_figure(rows: Sequence[Row], dots: str) -> "Figure":
             panel, inside = axes[line][column], agreeing(pruned, [*down, *across], (*upper, *left))
             for attack in ("clean", ROBUST):
                 _dots(panel, inside, dots, names, attack)
-            panel.set_title(_words((*upper, *left)), fontsize=10)
+            panel.set_title(_words((*upper, *left)) or _common(pruned, dots), fontsize=10)
             panel.set_yticks(range(len(names)), [str(name) for name in names])
             panel.set_ylim(len(names) - 0.5, -0.5)
             panel.set_xlabel("accuracy (%)" if line == len(panel_rows) - 1 else "")
@@ -94,7 +103,7 @@ def layers_figure(rows: Sequence[Row], lines: Sequence[str]) -> "Figure":
         for values, group in grouped(inside, lines).items():
             _layers(panel, group, modules, names.index(values), _words(values))
         panel.set_yscale("log")
-        panel.set_title(_words(title), fontsize=10)
+        panel.set_title(_words(title) or _common(pruned, *lines), fontsize=10)
         panel.set_xticks(range(len(modules)), [name.removeprefix("backbone.") for name in modules], rotation=90)
         panel.tick_params(axis="x", labelsize=8)
         panel.set_xlim(-0.7, len(modules) - 0.3)
@@ -117,10 +126,10 @@ def _line(panel: "Axes", group: list[Row], attack: str, style: int, label: str) 
 
 
 def _controls(panel: "Axes", inside: list[Row], lines: Sequence[str], names: list[tuple], attack: str) -> None:
-    longer = _of("dense-longer", inside)
-    for group in grouped(longer, lines).values():
+    stars = grouped(_of("dense-longer", inside), [axis for axis in lines if axis in DENSE_AXES])
+    for number, (values, group) in enumerate(stars.items()):
         point = Spread.of(percent(row, attack) for row in group)
-        label = TITLES["dense-longer"] if group[0] is longer[0] else "_"
+        label = f"{_words(values)}: {TITLES['dense-longer']}".removeprefix(": ")
         panel.errorbar(
             [0], [point.mean], yerr=point.deviation, fmt="*", color="black", markersize=11, label=label, zorder=5
         )
@@ -203,9 +212,9 @@ def _panels(
 def _legend(figure: "Figure", panel: "Axes") -> None:
     handles, labels = panel.get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))  # the dots of one series are drawn one by one
-    if len(once) > 1 or set(once) != {"all"}:
-        columns = max(1, min(len(once), int(figure.get_figwidth() // 2.1)))
-        figure.legend(once.values(), once.keys(), loc="outside upper center", ncols=columns, fontsize=9, frameon=False)
+    widest = 0.6 + 0.075 * max(map(len, once))  # inches, for the mark and for letters of 9 points
+    columns = max(1, min(len(once), int(figure.get_figwidth() / widest)))
+    figure.legend(once.values(), once.keys(), loc="outside upper center", ncols=columns, fontsize=9, frameon=False)
 
 
 def _noted(figure: "Figure", rows: Sequence[Row], spread: str, *, accuracy: bool = True) -> "Figure":
@@ -216,7 +225,8 @@ def _noted(figure: "Figure", rows: Sequence[Row], spread: str, *, accuracy: bool
     images = " or ".join(f"{count:,}" for count in sorted({row["results"]["num_samples"] for row in rows}))
     ball = f"{result['norm']} eps {', '.join(f'{eps:.3g}' for eps in radii)}"
     tested = f"n = {images} test images, {attack_title(ROBUST)} in {ball}; " if accuracy else f"attacks in {ball}; "
-    figure.supxlabel(f"{tested}{over}", fontsize=8.5, color="0.3")
+    width = int(figure.get_figwidth() / 0.068)  # letters of 8.5 points
+    figure.supxlabel(textwrap.fill(f"{tested}{over}", width), fontsize=8.5, color="0.3")
     return figure
 
 
@@ -232,7 +242,13 @@ def _of(kind: str, rows: Iterable[Row]) -> list[Row]:
 
 
 def _words(values: tuple) -> str:
-    return ", ".join(str(value) for value in values if value is not None) or "all"
+    return ", ".join(str(value) for value in values)
+
+
+def _common(rows: Sequence[Row], *but: str) -> str:
+    """What a figure without panels is of: architecture and data, where they are named."""
+    axes = [axis for axis in ("architecture", "data") if axis not in but]
+    return _words(tuple(rows[0]["axes"][axis] for axis in axes if axis in rows[0]["axes"]))
 
 
 def _accuracy(attack: str) -> str:

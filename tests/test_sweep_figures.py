@@ -41,7 +41,9 @@ def containers(axes):
 
 def test_lines_go_from_the_dense_model_to_the_sparsest_with_the_spread_over_seeds(made):
     _, rows = made()
-    clean, robust = sparsity_figure(rows, ["importance"]).axes
+    figure = sparsity_figure(rows, ["importance"])
+    clean, robust = figure.axes
+    assert clean.get_title() == robust.get_title() == "narrow"
     assert clean.get_ylabel() == "clean accuracy (%)" and robust.get_ylabel() == "PGD-20 accuracy (%)"
     assert robust.get_xlabel() == "MACs removed (%)"
     ((places, means, lengths, line),) = containers(robust)["magnitude"]
@@ -83,7 +85,8 @@ def test_lines_of_two_axes_begin_at_dense_models_of_their_own(made):
             row["results"]["models"]["dense"]["pgd20"] = 0.1
     robust = containers(sparsity_figure(rows, ["optim", "importance"]).axes[1])
     assert [robust[f"{optim}, random"][0][1][0] for optim in ("sgd", "adam")] == pytest.approx([40, 10])
-    assert len(robust["dense, same extra epochs"]) == 1, "the legend says it once"
+    stars = [robust[f"{optim}: dense, same extra epochs"][0][3] for optim in ("sgd", "adam")]
+    assert [star.get_markerfacecolor() for star in stars] == ["black", "white"]
 
 
 def test_dots_stand_in_a_grid_over_two_axes(made):
@@ -122,6 +125,27 @@ def test_layers_stand_on_a_log_axis_from_input_to_output(made):
         row["results"].pop("module_scores", None)
     with pytest.raises(ValueError, match="allocation mrs"):
         layers_figure(rows, ["data"])
+
+
+def test_nothing_is_cut_off_or_covers_another(made, tmp_path):
+    _, rows = made("grid.importance=[magnitude, random, taylor, hessian, lamp, fisher]")
+    _, other = made("grid.data={digits: , letters: {dataset_name: emnist}}", "grid.target=[0.5]")
+    plans = [row for row in rows if row["axes"].get("importance") in (None, "magnitude")]
+    for figure in (
+        sparsity_figure(rows, ["importance"]),
+        sparsity_figure(other, ["importance"]),
+        dots_figure(other, "importance"),
+        layers_figure(plans, ["target"]),
+    ):
+        figure.savefig(tmp_path / "figure.png")
+        texts = [figure._supxlabel, *figure.legends[0].get_texts(), *(panel.title for panel in figure.axes)]
+        texts += [panel.xaxis.label for panel in figure.axes] + [panel.yaxis.label for panel in figure.axes]
+        for text in filter(lambda text: text.get_text(), texts):
+            box = text.get_window_extent()
+            assert box.x0 >= 0 and box.y0 >= 0, text.get_text()
+            assert box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height, text.get_text()
+        legend = figure.legends[0].get_window_extent()
+        assert not any(panel.get_window_extent().overlaps(legend) for panel in figure.axes)
 
 
 def test_the_first_seven_series_differ_in_colour_marker_and_stroke():
