@@ -131,8 +131,9 @@ def _controls(panel: "Axes", inside: list[Row], lines: Sequence[str], names: lis
         point = Spread.of(percent(row, attack) for row in group)
         label = f"{_words(values)}: {TITLES['dense-longer']}".removeprefix(": ")
         panel.errorbar(
-            [0], [point.mean], yerr=point.deviation, fmt="*", color="black", markersize=11, label=label, zorder=5
-        )
+            [0], [point.mean], yerr=point.deviation, fmt="*", color="black", markersize=11, label=label, zorder=5,
+            markerfacecolor=_style(("black", "white", "0.6"), number),
+        )  # fmt: skip
     pruned = {row["cell"]: row for row in _of("pruned", inside)}
     for values, group in grouped(_of("from-scratch", inside), lines).items():
         known = [row for row in group if row["start"] in pruned]

@@ -104,7 +104,17 @@ def test_pruning_starts_from_it_without_training_it_again(trained, tmp_path):
 def test_the_shape_of_a_model_is_trained_from_scratch_as_a_control(trained, tmp_path):
     folder, *_ = trained
     options = ("--output_dir", str(tmp_path / "control"), "--model_name_or_path", str(folder), *TINY)
-    control = ("--fresh_weights", "--dense_epochs", "1.5", "--report_split", "test", "--num_train_epochs", "1")
+    control = (
+        "--fresh_weights",
+        "--dense_epochs",
+        "1.5",
+        "--report_split",
+        "test",
+        "--num_train_epochs",
+        "1",
+        "--seed",
+        "7",
+    )
     output = recipe("train", *options, *control)
     assert 'start="fresh weights in the shape of base, not pruned before"' in output
     content = json.loads((tmp_path / "control" / "robustness_report.json").read_text())
