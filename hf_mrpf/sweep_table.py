@@ -1,6 +1,7 @@
 """The table of a sweep: one JSON line for every cell that has ended, with its settings and what came of it."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,8 @@ def results_of(folder: Path) -> dict[str, Any]:
     Returns:
         `dict`: `settings`, and under `results`: `models`, by stage their accuracies (fractions), parameters,
         multiply-accumulates, latencies (ms); the `split`, `num_samples` and `images` (a hash) they are of; `epochs` by
-        stage; of a pruned one also what is `kept` (fractions), `module_scores` and `scores` of units (nats), `ratios`.
+        stage; of a pruned one also what is `kept` (fractions), and of its first round `module_scores` and `scores` of
+        units (nats) and `ratios`.
 
     Raises:
         ValueError, OSError: where the folder holds no finished run.
@@ -105,11 +107,11 @@ def results_of(folder: Path) -> dict[str, Any]:
     plan = folder / "pruning_plan.json"
     if plan.is_file():
         content = read_json(plan)
-        first = content["rounds"][0] if "rounds" in content else content
-        results |= {name: first[name] for name in ("module_scores", "scores", "ratios")}
+        rounds = content.get("rounds", [content])
+        results |= {name: rounds[0][name] for name in ("module_scores", "scores", "ratios")}
         sizes = {"macs": "macs", "params": "parameters"}
         small, large = models["fine-tuned"], models["dense"]
         results["kept"] = {name: small[size] / large[size] for name, size in sizes.items()}
-        if "latency" in first["achieved"]:
-            results["kept"]["latency"] = first["achieved"]["latency"]
+        if all("latency" in each["achieved"] for each in rounds):
+            results["kept"]["latency"] = math.prod(each["achieved"]["latency"] for each in rounds)
     return {"settings": state["settings"], "results": results}

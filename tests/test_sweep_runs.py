@@ -95,9 +95,11 @@ def test_a_dense_model_whose_folder_is_gone_is_trained_again_only_if_it_is_neede
 def test_a_failed_cell_says_why_does_not_stop_the_rest_and_is_tried_again(cells, launcher, tmp_path):
     broken = cells[1]
     launcher.failing[broken.name] = "warm-up\nerror: The loss is nan at step 3\n"
+    other = next(cell for cell in cells if cell.axes.get("importance") == "random")  # nothing starts from this one
+    launcher.failing[other.name] = "error: another\n"
     left, said = sweep(cells, launcher)
     after = [cell for cell in cells if cell.start is broken]
-    assert left == [broken, *after] and len(after) == 1
+    assert left == [broken, other, *after] and len(after) == 1
     assert "error: The loss is nan at step 3" in said
     assert f"not begun: {broken.name}, which it starts from, failed" in said
     rows = {row["cell"]: row for row in read_rows(tmp_path / "table.jsonl")}
@@ -107,7 +109,7 @@ def test_a_failed_cell_says_why_does_not_stop_the_rest_and_is_tried_again(cells,
 
     launcher.failing.clear()
     assert sweep(cells, launcher)[0] == []
-    assert launcher.begun[-2:] == [broken.name, after[0].name]
+    assert launcher.begun[-3:] == [broken.name, other.name, after[0].name]
     assert set(finished(read_rows(tmp_path / "table.jsonl"))) == {cell.name for cell in cells}
 
 

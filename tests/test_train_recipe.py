@@ -104,26 +104,23 @@ def test_pruning_starts_from_it_without_training_it_again(trained, tmp_path):
 def test_the_shape_of_a_model_is_trained_from_scratch_as_a_control(trained, tmp_path):
     folder, *_ = trained
     options = ("--output_dir", str(tmp_path / "control"), "--model_name_or_path", str(folder), *TINY)
-    control = (
-        "--fresh_weights",
-        "--dense_epochs",
-        "1.5",
-        "--report_split",
-        "test",
-        "--num_train_epochs",
-        "1",
-        "--seed",
-        "7",
-    )
+    control = ("--fresh_weights", "--dense_epochs", "1.5", "--report_split", "test", "--num_train_epochs", "1")
     output = recipe("train", *options, *control)
     assert 'start="fresh weights in the shape of base, not pruned before"' in output
     content = json.loads((tmp_path / "control" / "robustness_report.json").read_text())
     # Nothing is pruned, so an epoch of the one costs what an epoch of the other does.
     assert content["split"] == "test" and content["stages"]["dense"]["epochs"] == pytest.approx(2.5, abs=0.01)
+    assert content["images"] != json.loads((folder / "robustness_report.json").read_text())["images"]
     card = ModelCard.load(tmp_path / "control" / "README.md")
     assert {result.dataset_split for result in card.data.eval_results} == {"test"}
     assert "A control: figures of the test split" in card.content and "nothing has read the test" not in card.content
-    first, second = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "control"))
+
+
+def test_fresh_weights_are_none_of_the_models(trained, tmp_path):
+    folder, *_ = trained
+    options = ("--output_dir", str(tmp_path / "fresh"), "--model_name_or_path", str(folder), *TINY)
+    recipe("train", *options, "--fresh_weights", "--num_train_epochs", "0")
+    first, second = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "fresh"))
     assert not torch.equal(first["backbone.fc.weight"], second["backbone.fc.weight"])
 
 
