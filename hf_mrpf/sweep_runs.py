@@ -102,8 +102,9 @@ def _done(cell: Cell, output_dir: Path, words: Sequence[str], launch: Launch) ->
 
 
 def last_lines(text: str) -> str:
-    """What a run says of its end: its last lines of errors, without the traceback that a launcher adds of its own."""
-    launchers = r"Traceback \(most recent call last\):\n(?:(?!Traceback).*\n)*.*CalledProcessError: .*"
+    """What a run says of its end: its last lines of errors, without what a launcher adds of its own."""
+    defaults = r"The following values were not passed to `accelerate launch`.*\n(?:\t.*\n)*(?:To avoid this warning.*)?"
+    launchers = rf"{defaults}|Traceback \(most recent call last\):\n(?:(?!Traceback).*\n)*.*CalledProcessError: .*"
     lines = [line.rstrip() for line in re.sub(launchers, "", text).splitlines() if line.strip()]
     return "\n".join(lines[-LINES_OF_A_REASON:]) or "nothing was written to standard error"
 

@@ -157,13 +157,15 @@ def test_many_writers_lose_no_line(tmp_path):
     assert {row["cell"] for row in read_rows(table)} == {f"{n}-{i}" for n in range(4) for i in range(10)}
 
 
-def test_a_reason_is_what_the_run_said_without_the_launchers_traceback():
+def test_a_reason_is_what_the_run_said_without_what_the_launcher_adds():
     launched = (
-        "The following values were not passed\nerror: eps is 9\nTraceback (most recent call last):\n"
+        "The following values were not passed to `accelerate launch` and had defaults used instead:\n"
+        "\t`--num_processes` was set to a value of `0`\nTo avoid this warning pass in values.\n"
+        "epoch 1\nerror: eps is 9\nTraceback (most recent call last):\n"
         '  File "launch.py", line 1, in <module>\n    main()\n'
         "subprocess.CalledProcessError: Command '['python', 'recipes/prune.py']' returned non-zero exit status 2.\n"
     )
-    assert last_lines(launched).splitlines() == ["The following values were not passed", "error: eps is 9"]
+    assert last_lines(launched).splitlines() == ["epoch 1", "error: eps is 9"]
     own = 'Traceback (most recent call last):\n  File "prune.py", line 9, in f\nKeyError: "a bug"\n'
     assert last_lines(own + launched.split("9\n", 1)[1]) == own.rstrip()
     assert last_lines("\n") == "nothing was written to standard error"
