@@ -264,7 +264,8 @@ def test_two_cells_on_the_digits_and_their_controls(tmp_path):
     assert {kind for kind, _ in rows} == {"dense", "pruned", "dense-longer", "from-scratch"} and len(rows) == 5
     pruned, scratch = rows["pruned", "magnitude"]["results"], rows["from-scratch", "magnitude"]["results"]
     assert scratch["models"]["dense"]["macs"] == pruned["models"]["fine-tuned"]["macs"]
-    assert scratch["epochs"]["dense"] == pytest.approx(1 / pruned["kept"]["macs"] + 1, abs=0.3)
+    # A part of a step is a whole one, and two steps are an epoch here.
+    assert 0 <= scratch["epochs"]["dense"] - (1 / pruned["kept"]["macs"] + 1) < 0.5
     assert scratch["images"] == pruned["images"] and scratch["split"] == "test"
     assert (tmp_path / "criteria-small.png").is_file()
     again = call()
