@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # what is wrong with an argument is said before these are loa
     from .modeling import PrunedConfig, PrunedForImageClassification
 
 RECOVERY_EPOCHS = 5.0
+REPORT_SPLITS = ("validation", "test")
 FRACTIONS = ("eps", "step_size")
 ATTACK_OPTIONS = (
     "objective",
@@ -146,6 +147,38 @@ class RoundArguments:
 
 
 @dataclass
+class ControlArguments:
+    """What makes of a training the control of a pruned model: its shape, its compute, its images."""
+
+    fresh_weights: bool = field(
+        default=False,
+        metadata={"help": "Keep only the shape of the model that is named, pruned or not, and train it from scratch."},
+    )
+    dense_epochs: float = field(
+        default=0.0,
+        metadata={
+            "help": "With --fresh_weights: train longer by what so many epochs of the dense network cost in "
+            "multiply-accumulates, so that the total is that of training dense, pruning and fine-tuning."
+        },
+    )
+    report_split: str = field(
+        default="validation",
+        metadata={"help": f"Split of the final figures: {' or '.join(REPORT_SPLITS)}, for a control of finished runs."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.report_split not in REPORT_SPLITS:
+            raise ValueError(f"--report_split {self.report_split} is not known; give {' or '.join(REPORT_SPLITS)}.")
+        if not (math.isfinite(self.dense_epochs) and self.dense_epochs >= 0):
+            raise ValueError(f"--dense_epochs {self.dense_epochs} must be a number of epochs, at least 0.")
+        if self.dense_epochs and not self.fresh_weights:
+            raise ValueError(
+                f"--dense_epochs {self.dense_epochs:g} is the compute of a model that --fresh_weights trains again; "
+                "give both, or --num_train_epochs alone."
+            )
+
+
+@dataclass
 class RunArguments:
     """What happens to the output folder, and how many processes write to it."""
 
@@ -188,6 +221,7 @@ class GroupedParser(HfArgumentParser):
 
     def _add_dataclass_arguments(self, dtype):
         titles = {DataArguments: "data", ModelArguments: "model", RoundArguments: "pruning", RunArguments: "training"}
+        titles[ControlArguments] = "training"
         if not self._option_groups:
             for title in ("data", "model", "pruning", "attack", "training", "Hub", "transformers"):
                 if title not in self._without:

@@ -248,6 +248,11 @@ def get_objective(objective: str | Objective) -> Objective:
     return OBJECTIVES[objective]
 
 
+def dense_objective(objective: str) -> str:
+    """What the dense model is trained by: the teacher of the others has none of its own."""
+    return "trades" if objective == "rslad" else objective
+
+
 def _attacked(model: nn.Module, attacked: nn.Module | None) -> nn.Module:
     if attacked is not None:
         return attacked

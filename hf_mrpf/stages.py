@@ -19,6 +19,7 @@ from .data import ImageData
 from .interruption import StopBetweenSteps, stopping_between_steps
 from .logs import end_of_run
 from .modeling import PrunedForImageClassification
+from .objectives import dense_objective
 from .processes import Processes
 from .run_folder import STAGES, RunFolder
 from .stage_lines import pruned_before, stage_line, training_figures
@@ -170,19 +171,17 @@ def tell(stage: str, result: dict, args: MRPFConfig) -> None:
     say(args, stage_line(stage, result["figures"], "" if result.get("epochs", 1) else "taken as it is"))
 
 
-def dense_objective(objective: str) -> str:
-    """What the dense model is trained by: the teacher of the others has none of its own."""
-    return "trades" if objective == "rslad" else objective
-
-
-def dense_stage(run: RunFolder, model, data: ImageData, model_args: ModelArguments, args: MRPFConfig):
-    """The robust dense parent: trained here, or the trained model that was named."""
+def dense_stage(
+    run: RunFolder, model, data: ImageData, model_args: ModelArguments, args: MRPFConfig, *, fresh: bool = False
+):
+    """The robust dense parent: trained here, or the trained model that was named, of which `fresh` keeps the shape."""
     if finished := finished_model(run, "dense", args):
         return finished
     name = model_args.model_name_or_path
     own, start = own_config(name, model_args.model_revision), "fresh weights"
     if name and own:
-        start = f"{Path(name).name}, {'pruned before' if own.pruning else 'not pruned before'}"
+        past = f"{Path(name).name}, {'pruned before' if own.pruning else 'not pruned before'}"
+        start = f"fresh weights in the shape of {past}" if fresh else past
     elif name and not starts_fresh(model_args):
         start = f"pretrained {Path(name).name if Path(name).is_dir() else name}"
     epochs = model_args.base_epochs

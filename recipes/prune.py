@@ -21,7 +21,6 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-from hf_mrpf.cli import DataArguments, ModelArguments, RoundArguments, RunArguments
 from hf_mrpf.config import MRPFConfig
 from hf_mrpf.console import errors_told
 from hf_mrpf.recipe_options import parse_recipe
@@ -29,7 +28,7 @@ from hf_mrpf.recipe_options import parse_recipe
 
 def parse_arguments():
     return parse_recipe(
-        [DataArguments, ModelArguments, RoundArguments, RunArguments, MRPFConfig],
+        "prune",
         usage="accelerate launch recipes/prune.py [options]",
         description=__doc__.split("\n\n")[0],
     )
@@ -46,7 +45,7 @@ import torch
 from transformers import TrainerCallback
 
 from hf_mrpf import PrunedForImageClassification, PruningPlan, RobustnessReport
-from hf_mrpf.cli import build_model, load_data, own_config, run_settings
+from hf_mrpf.cli import ModelArguments, RoundArguments, build_model, load_data, own_config, run_settings
 from hf_mrpf.console import announce, quieten, report_errors, say, show
 from hf_mrpf.data import ImageData, calibration_batches
 from hf_mrpf.delivery import check_repository_id, push_result, repository, shown_again
@@ -60,6 +59,7 @@ from hf_mrpf.launch import check_world_size
 from hf_mrpf.logs import end_of_run
 from hf_mrpf.measured_allocation import MEASURED
 from hf_mrpf.model_card import CardInfo, PlanSummary, render_card
+from hf_mrpf.objectives import dense_objective
 from hf_mrpf.progress import shows_progress
 from hf_mrpf.pruning import plan_pruning, prune
 from hf_mrpf.report import paired_difference
@@ -69,7 +69,6 @@ from hf_mrpf.run_folder import RunFolder, write_json
 from hf_mrpf.stage_lines import evaluation_figures, pruning_figures, stage_line, training_figures
 from hf_mrpf.stages import (
     check_forced_place,
-    dense_objective,
     dense_stage,
     finish,
     finished_model,

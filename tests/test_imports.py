@@ -85,6 +85,15 @@ FLOORS = {
     "console": 4,
     "stage_lines": 3,
     "recipe_options": 5,
+    "sweep_config": 5.1,
+    "sweep": 5.2,
+    "sweep_table": 5.3,
+    "sweep_runs": 5.4,
+    "slurm": 5.4,
+    "sweep_summary": 5.4,
+    "sweep_figures": 5.5,
+    "sweep_show": 5.6,
+    "fresh": 1,
     "delivery": 5,
     "stages": 7,
     "__init__": 8,
@@ -174,6 +183,8 @@ def test_what_is_wrong_with_an_argument_is_said_before_slow_imports():
     of_both = ["--help", "--nosuch 1", "--eps 9", "--backbone_kwargs oops", "--model_name_or_path ./nosuch"]
     commands = [f"recipes/{name}.py {options}" for name in ("prune", "train") for options in of_both]
     commands += [f"recipes/prune.py {options}" for options in ("--target 1.5", "--pruning_rounds 0")]
+    commands += ["recipes/train.py --dense_epochs 3", "recipes/train.py --report_split all"]
+    commands += [f"recipes/sweep.py {options}" for options in ("--help", "x.yaml --nosuch", "nosuch.yaml")]
     run(
         "import runpy, sys; from transformers import AutoModelForImageClassification, TrainingArguments\n"
         "before = set(sys.modules)\n"

@@ -101,13 +101,51 @@ def test_pruning_starts_from_it_without_training_it_again(trained, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_the_shape_of_a_model_is_trained_from_scratch_as_a_control(trained, tmp_path):
+    folder, *_ = trained
+    options = ("--output_dir", str(tmp_path / "control"), "--model_name_or_path", str(folder), *TINY)
+    control = ("--fresh_weights", "--dense_epochs", "1.5", "--report_split", "test", "--num_train_epochs", "1")
+    output = recipe("train", *options, *control)
+    assert 'start="fresh weights in the shape of base, not pruned before"' in output
+    content = json.loads((tmp_path / "control" / "robustness_report.json").read_text())
+    # Nothing is pruned, so an epoch of the one costs what an epoch of the other does.
+    assert content["split"] == "test" and content["stages"]["dense"]["epochs"] == pytest.approx(2.5, abs=0.01)
+    assert content["images"] != json.loads((folder / "robustness_report.json").read_text())["images"]
+    card = ModelCard.load(tmp_path / "control" / "README.md")
+    assert {result.dataset_split for result in card.data.eval_results} == {"test"}
+    assert "A control: figures of the test split" in card.content and "nothing has read the test" not in card.content
+
+
+def test_fresh_weights_are_none_of_the_models(trained, tmp_path):
+    folder, *_ = trained
+    options = ("--output_dir", str(tmp_path / "fresh"), "--model_name_or_path", str(folder), *TINY)
+    recipe("train", *options, "--fresh_weights", "--num_train_epochs", "0")
+    first, second = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "fresh"))
+    assert not torch.equal(first["backbone.fc.weight"], second["backbone.fc.weight"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--dense_epochs", "3"), "--fresh_weights trains again; give both"),
+        (("--fresh_weights", "--dense_epochs", "-1"), "at least 0"),
+        (("--fresh_weights", "--dense_epochs", "3", "--max_steps", "4"), "leave one of them out"),
+        (("--fresh_weights",), "--fresh_weights keeps the shape of a model of this library, and timm/resnet18 is none"),
+        (("--report_split", "all"), "give validation or test"),
+    ],
+)
+def test_a_control_that_cannot_be_is_refused(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        recipe("train", "--output_dir", str(tmp_path), *TINY, *options)
+
+
 def test_an_objective_that_needs_a_teacher_is_refused():
     with pytest.raises(ValueError, match="rslad distils from a dense parent.*give it to recipes/prune.py"):
         recipe("train", *TINY, "--objective", "rslad")
 
 
 def test_options_are_those_of_pruning_less_what_is_about_pruning(monkeypatch, capsys):
-    data_args, model_args, run_args, args = arguments(monkeypatch, "--use_cpu")
+    data_args, model_args, _, run_args, args = arguments(monkeypatch, "--use_cpu")
     assert (args.output_dir, args.num_train_epochs, args.eps) == ("outputs/digits-dense", 28.0, 0.2)
     assert (model_args.base_epochs, model_args.control_epochs, run_args.expected_world_size) == (None, 0.0, None)
     assert data_args.dataset_name is None

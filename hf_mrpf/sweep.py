@@ -1,0 +1,209 @@
+"""The cells of a sweep: which runs of which recipes a grid stands for, in which order, and their commands."""
+
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .cli import NOT_PART_OF_A_RUN
+from .objectives import dense_objective
+from .recipe_options import option_names, parse_recipe
+from .sweep_config import DENSE_AXES, Options, SweepConfig
+
+# Kinds of cells, and what comes first: a cell starts from the result of one of an earlier rank.
+RANKS = {"dense": 0, "pruned": 1, "dense-longer": 1, "from-scratch": 2}
+RECIPE_OF = {"dense": "train", "pruned": "prune", "dense-longer": "train", "from-scratch": "train"}
+# What a cell that starts from a saved model has from it.
+OF_THE_MODEL = ("model_name_or_path", "model_revision", "backbone_kwargs", "pretrained", "small_images", "image_size")
+LONGEST_NAME = 100
+# Stands for a model that has not been trained yet, where options are only tried.
+SOME_MODEL = "timm/resnet18"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """
+    One run of a sweep.
+
+    Attributes:
+        kind (`str`): `"dense"`; `"pruned"`, which is also fine-tuned; or a control, `"dense-longer"` or
+            `"from-scratch"`.
+        axes (`dict`): value of each axis of the grid that the run depends on.
+        options (`dict`): of the recipe, but for the folders.
+        start (`Cell`, *optional*): the cell whose result it starts from.
+    """
+
+    kind: str
+    axes: dict[str, Any]
+    options: Options
+    start: "Cell | None" = field(default=None, repr=False)
+
+    @property
+    def recipe(self) -> str:
+        """`"prune"` or `"train"`."""
+        return RECIPE_OF[self.kind]
+
+    @property
+    def settings(self) -> str:
+        """A hash of all that its result depends on."""
+        options = {key: value for key, value in self.options.items() if key not in NOT_PART_OF_A_RUN}
+        content = [self.kind, options, self.start and self.start.settings]
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+    @property
+    def name(self) -> str:
+        """Name of its folder and its lines in the table: its axes to be read, its settings as a hash."""
+        words = "-".join([self.kind, *map(str, self.axes.values())])
+        return f"{re.sub(r'[^A-Za-z0-9.]+', '-', words)[:LONGEST_NAME].strip('-')}-{self.settings}"
+
+    def arguments(self, output_dir: Path | str) -> list[str]:
+        """The command line of its recipe."""
+        start = {"model_name_or_path": str(run_folder(output_dir, self.start))} if self.start else {}
+        return _as_arguments({"output_dir": str(run_folder(output_dir, self)), **start, **self.options})
+
+
+def run_folder(output_dir: Path | str, cell: Cell) -> Path:
+    """Where a cell's run lies."""
+    return Path(output_dir) / "runs" / cell.name
+
+
+def sweep_cells(config: SweepConfig) -> list[Cell]:
+    """
+    The cells of a sweep, in an order in which each comes after the one that it starts from.
+
+    Dense models come first, then pruned ones and the control that trains the dense one for as long as they are
+    fine-tuned, then pruned shapes from scratch.
+
+    Raises:
+        ValueError: where two cells would be the same run, or a control cannot be made, with what to change.
+    """
+    found: dict[str, Cell] = {}
+    grid: dict[str, Cell] = {}
+    axes = [axis for axis in (*DENSE_AXES, *config.grid) if axis in config.grid]
+    axes = list(dict.fromkeys(axes))
+    for labels in itertools.product(*(config.grid[axis] for axis in axes)):
+        values = dict(zip(axes, labels, strict=True))
+        chosen = _merged(config.grid[axis][label] for axis, label in values.items())
+        dense = _dense(config, values)
+        options = _known(config.common | config.prune | chosen | config.always, "prune")
+        pruned = Cell("pruned", values, _less(options, OF_THE_MODEL), dense)
+        if (same := grid.setdefault(pruned.settings, pruned)) is not pruned:
+            raise ValueError(
+                f"Two cells of the grid are the same run: {same.axes} and {values}. Each value of an axis must change "
+                "an option, and --set may not settle what an axis varies: give it one value by --set grid.AXIS=[...] "
+                "instead."
+            )
+        cells = [dense, pruned, *_controls(config, dense, pruned, config.common | config.prune | chosen)]
+        found |= {cell.name: found.get(cell.name, cell) for cell in cells}
+    return sorted(found.values(), key=lambda cell: RANKS[cell.kind])
+
+
+def _dense(config: SweepConfig, values: Mapping[str, Any]) -> Cell:
+    axes = {axis: label for axis, label in values.items() if axis in DENSE_AXES}
+    chosen = _merged(config.grid[axis][label] for axis, label in axes.items())
+    return Cell("dense", axes, _trained(config.common | config.dense | chosen | config.always))
+
+
+def _controls(config: SweepConfig, dense: Cell, pruned: Cell, options: Options) -> Iterator[Cell]:
+    where = config.controls.get("from_scratch", False)
+    scratch = where is True or (where and all(pruned.axes[axis] in labels for axis, labels in where.items()))
+    longer = config.controls.get("dense_longer", False)
+    if not (scratch or longer):
+        return
+    if int(pruned.options.get("pruning_rounds", 1)) > 1:
+        raise ValueError(
+            "controls: with pruning_rounds above 1 the epochs between rounds would have to be told apart; leave out "
+            "the controls, or pruning_rounds."
+        )
+    same = _less(_trained(options | config.always), OF_THE_MODEL) | {"report_split": "test"}
+    if longer:
+        yield Cell("dense-longer", dense.axes, same, dense)
+    if scratch:
+        trained = _parsed(dense)[-1]
+        if trained.max_steps > 0 or int(same.get("max_steps", 0)) > 0:
+            raise ValueError(
+                "controls.from_scratch trains at equal compute, which is counted in epochs: give num_train_epochs "
+                "instead of max_steps, or leave the control out."
+            )
+        epochs = trained.num_train_epochs
+        yield Cell("from-scratch", pruned.axes, same | {"fresh_weights": True, "dense_epochs": epochs}, pruned)
+
+
+def check_cells(cells: Iterable[Cell]) -> None:
+    """
+    Has the recipes' own parsers read the options of every cell, before any is run.
+
+    Raises:
+        ValueError: what a recipe would say, and of which cell.
+    """
+    for cell in cells:
+        try:
+            _parsed(cell)
+        except ValueError as error:
+            raise ValueError(f"{cell.kind} {cell.axes}: {error}") from error
+
+
+def _parsed(cell: Cell) -> tuple:
+    start = {"model_name_or_path": SOME_MODEL} if cell.start else {}
+    arguments, told = _as_arguments({"output_dir": "outputs", **start, **cell.options}), io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            return parse_recipe(cell.recipe, arguments)
+    except SystemExit as stop:  # argparse's way of refusing a value
+        lines = told.getvalue().strip().splitlines()
+        raise ValueError(lines[-1].partition("error: ")[2] if lines else "refused by the recipe") from stop
+
+
+def command(cell: Cell, output_dir: Path | str, recipes: Path, launcher: Sequence[str] = ()) -> list[str]:
+    """The command that does a cell, or goes on with it; `launcher` are options of `accelerate launch`."""
+    module = "accelerate.commands.launch"  # by this interpreter, whose `accelerate` need not be on the path
+    recipe = str(recipes / f"{cell.recipe}.py")
+    return [sys.executable, "-m", module, *launcher, recipe, *cell.arguments(output_dir)]
+
+
+def shown(words: Sequence[str]) -> str:
+    """A command as one would type it."""
+    return f"accelerate launch {shlex.join(words[3:])}"
+
+
+def _trained(options: Options) -> Options:
+    options = _known(options, "train")
+    if "objective" in options:
+        options["objective"] = dense_objective(options["objective"])
+    return options
+
+
+def _known(options: Options, recipe: str) -> Options:
+    return {name: value for name, value in options.items() if name in option_names(recipe)}
+
+
+def _less(options: Options, names: Iterable[str]) -> Options:
+    return {name: value for name, value in options.items() if name not in names}
+
+
+def _merged(parts: Iterable[Options]) -> Options:
+    whole: Options = {}
+    for part in parts:
+        whole |= part
+    return whole
+
+
+def _as_arguments(options: Options) -> list[str]:
+    words: list[str] = []
+    for name, value in options.items():
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            value = str(value).lower()
+        if isinstance(value, dict):
+            value = json.dumps(value)
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words

@@ -1,0 +1,236 @@
+"""A grid becomes cells whose commands the recipes take; what they would refuse is refused before anything is run."""
+
+import re
+import shlex
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from sweep_runs_made import GRID
+
+from hf_mrpf.recipe_options import parse_recipe
+from hf_mrpf.slurm import slurm_script
+from hf_mrpf.sweep import check_cells, command, run_folder, shown, sweep_cells
+from hf_mrpf.sweep_config import read_config
+from hf_mrpf.sweep_show import check_show
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CONFIGS = sorted((REPOSITORY / "recipes" / "configs").glob("*.yaml"))
+# Configs whose whole grid names what another change brings; until then they are refused by that name.
+AWAITED = {
+    "table_allocations": {"allocation": ["anti_mrs", "shuffled_mrs"]},
+    "table_methods": {"importance": ["l1", "fpgm"], "allocation": ["isomorphic", "netadapt"]},
+}
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Reads a file of this text, with changes."""
+
+    def read(text=GRID, *overrides, small=False):
+        file = tmp_path / "grid.yaml"
+        file.write_text(text)
+        return read_config(file, small=small, overrides=overrides)
+
+    return read
+
+
+def of(kind, cells):
+    return [cell for cell in cells if cell.kind == kind]
+
+
+def test_every_value_of_every_axis_meets_every_other_and_dense_models_are_shared(config):
+    cells = sweep_cells(config())
+    assert Counter(cell.kind for cell in cells) == {"dense": 2, "pruned": 8, "dense-longer": 2, "from-scratch": 4}
+    assert len({cell.name for cell in cells}) == 16
+    places = {cell.name: place for place, cell in enumerate(cells)}
+    assert all(places[cell.start.name] < places[cell.name] for cell in cells if cell.start)
+    axes = {(cell.axes["importance"], cell.axes["target"], cell.axes["seed"]) for cell in of("pruned", cells)}
+    assert axes == {(i, t, s) for i in ("magnitude", "random") for t in (0.5, 0.25) for s in (0, 1)}
+    for cell in of("pruned", cells):
+        assert cell.start.kind == "dense" and cell.start.axes["seed"] == cell.axes["seed"]
+
+
+def test_options_reach_the_recipe_that_knows_them(config):
+    cells = sweep_cells(config())
+    dense, pruned = of("dense", cells)[0], of("pruned", cells)[0]
+    assert dense.options["num_train_epochs"] == 4 and pruned.options["num_train_epochs"] == 2
+    assert dense.options["backbone_kwargs"] == {"layers": [1, 1]} and "calibration_sets" not in dense.options
+    assert pruned.options["calibration_sets"] == 2
+    # The shape comes with the saved model.
+    assert not {"backbone_kwargs", "small_images", "model_name_or_path"} & set(pruned.options)
+    words = pruned.arguments("out")
+    assert words[:4] == ["--output_dir", f"out/runs/{pruned.name}", "--model_name_or_path", f"out/runs/{dense.name}"]
+    line = shown(command(dense, "out", Path("recipes"), ["--num_processes", "1"]))
+    assert line.startswith("accelerate launch --num_processes 1 recipes/train.py --output_dir out/runs/dense-")
+    options = shlex.split(line)
+    assert options[options.index("--backbone_kwargs") + 1] == '{"layers": [1, 1]}'
+    assert options[options.index("--small_images") + 1] == "true"
+
+
+def test_controls_train_for_what_the_pruned_one_took(config):
+    cells = sweep_cells(config())
+    longer, scratch = of("dense-longer", cells)[0], of("from-scratch", cells)[0]
+    assert longer.start.kind == "dense" and longer.options["num_train_epochs"] == 2
+    assert scratch.start.kind == "pruned" and scratch.options["fresh_weights"] is True
+    assert (scratch.options["dense_epochs"], scratch.options["num_train_epochs"]) == (4.0, 2)
+    assert longer.options["report_split"] == scratch.options["report_split"] == "test"
+    assert {cell.axes["importance"] for cell in of("from-scratch", cells)} == {"magnitude"}
+    check_cells(cells)
+
+
+def test_a_distilled_grid_has_a_dense_model_and_controls_by_trades(config):
+    cells = sweep_cells(config(GRID + "\n", "grid.objective=[rslad, pgd]", "grid.seed=[0]"))
+    check_cells(cells)
+    assert {cell.options["objective"] for cell in of("pruned", cells)} == {"rslad", "pgd"}
+    assert {cell.options["objective"] for cell in cells if cell.recipe == "train"} == {"trades", "pgd"}
+
+
+def test_a_name_is_that_of_the_settings_and_not_of_the_machine(config):
+    def names(*overrides):
+        return [cell.name for cell in sweep_cells(config(GRID, *overrides))]
+
+    plain = names()
+    assert names("output_dir=elsewhere", "disable_tqdm=true") == plain
+    assert not set(names("max_train_samples=90")) & set(plain), "another dense model makes other cells of all"
+    changed = names("prune.num_train_epochs=3")
+    assert [a == b for a, b in zip(plain, changed, strict=True)] == [True] * 2 + [False] * 14
+
+
+def test_small_and_set_change_the_file(config):
+    small = config(GRID, "eps=0.1", "grid.importance=[random]", "controls.from_scratch=false", small=True)
+    cells = sweep_cells(small)
+    assert (small.name, len(cells)) == ("grid-small", 4)
+    assert all(cell.options["max_train_samples"] == 10 and cell.options["eps"] == 0.1 for cell in cells)
+    picked = config(GRID, "grid.architecture=[narrow]").grid["architecture"]
+    assert picked == {"narrow": config().grid["architecture"]["narrow"]}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["nosuch=1"], "'nosuch' is not known"),
+        (["max_train_sample=1"], "known: .*max_train_samples"),
+        (["eps"], "write KEY=VALUE"),
+        (["grid.width=[1]"], "'width' is not known; known: architecture, data, .*seed"),
+        (["grid.architecture=[narrow, wide]", "grid.seed=7"], "must be a list of values"),
+        (["grid.seed=[]"], "has no value"),
+        (["grid.method=[lamp]"], "needs options"),
+        (["dense.target=0.5"], "dense: 'target' is not known"),
+        (["grid.data={digits: {eps_: 0.1}}"], "grid.data.digits: 'eps_' is not known; known: .*eps"),
+        (["prune.output_dir=x"], "settled by the sweep"),
+        (["controls.from_scratch={importance: [lamp]}"], r"none of \['lamp'\] is in the grid"),
+        (["controls.longer=true"], "known: dense_longer, from_scratch"),
+        (["common=[1]"], "common: .* must be a mapping"),
+        (["eps=[1"], "not valid YAML"),
+    ],
+)
+def test_what_is_not_known_is_refused_with_what_is(config, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        config(GRID, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("grid.importance=[lamb, magnitude]", "importance': 'lamb'.*'lamb' is not known; choose one of magnitude"),
+        ("eps=9", "eps"),
+        ("max_train_samples=many", "invalid int value: 'many'"),
+        ("grid.target=[0.5, 1.5]", "target=1.5 is not a fraction"),
+    ],
+)
+def test_what_a_recipe_refuses_is_refused_before_any_cell(config, override, message):
+    with pytest.raises(ValueError, match=message):
+        check_cells(sweep_cells(config(GRID, override)))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["importance=lamp"], "same run.*--set grid.AXIS"),
+        (["prune.pruning_rounds=2"], "leave out the controls, or pruning_rounds"),
+        (["max_steps=5"], "give num_train_epochs instead of max_steps"),
+    ],
+)
+def test_a_grid_that_cannot_be_is_refused(config, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        sweep_cells(config(GRID, *overrides))
+
+
+@pytest.mark.parametrize(
+    ("show", "message"),
+    [
+        ("{}", "show.kind is None; known: lines, dots, layers, table"),
+        ("{kind: lines, line: importance}", "line is not known for a lines; known: kind, lines"),
+        ("{kind: lines}", "an axis, or a list of axes"),
+        ("{kind: dots, dots: data}", "'data' is no axis of the grid"),
+        ("{kind: table, against: {importance: lamp}}", "'lamp' is not in the grid"),
+        ("{kind: table, against: importance}", "a mapping from axes to one value"),
+    ],
+)
+def test_what_could_not_be_drawn_is_refused_before_any_cell(config, show, message):
+    check_show(config())
+    with pytest.raises(ValueError, match=message):
+        check_show(config(GRID, f"show={show}"))
+
+
+def unknown(option, name):
+    try:
+        parse_recipe("prune", ["--output_dir", "outputs", f"--{option}", name])
+    except ValueError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+@pytest.mark.parametrize("small", [True, False], ids=["small", "whole"])
+def test_the_sweeps_of_the_paper_are_what_the_recipes_take(file, small):
+    config = read_config(file, small=small)
+    check_show(config)
+    cells = sweep_cells(config)
+    awaited = [name for option, names in AWAITED.get(file.stem, {}).items() for name in names if unknown(option, name)]
+    first = [cell for cell in cells if cell.axes.get("seed") == 0]  # another seed is refused for the same reasons
+    if small or not awaited:
+        return check_cells(first)
+    with pytest.raises(ValueError, match=f"({'|'.join(awaited)}).* is not known"):
+        check_cells(first)
+    return None
+
+
+def test_the_script_for_slurm_submits_every_cell_once_after_what_it_starts_from(config, tmp_path):
+    cells = sweep_cells(config())
+    script = slurm_script(cells, ["python", "recipes/sweep.py", "grid.yaml", "--set", "grid.seed=[0, 1]"])
+    # `sbatch` that numbers its jobs and notes what it was called with.
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text('#!/bin/sh\nprintf "%s|" "$@" >> calls; echo >> calls\nwc -l < calls\n')
+    sbatch.chmod(0o755)
+    (tmp_path / "submit.sh").write_text(script)
+    subprocess.run(
+        ["bash", "submit.sh", "--gpus=1"], cwd=tmp_path, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, check=True
+    )
+    calls = [line.split("|") for line in (tmp_path / "calls").read_text().splitlines()]
+    assert all("--gpus=1" in words for words in calls) and len(calls) == 4
+    arrays = [re.search(r"--array=(\d+)-(\d+)", " ".join(words)) for words in calls[:3]]
+    ranges = [range(int(found[1]), int(found[2]) + 1) for found in arrays]
+    assert [number for numbers in ranges for number in numbers] == list(range(len(cells)))
+    for place, (numbers, words) in enumerate(zip(ranges, calls, strict=False)):
+        before = {cells[number].name for numbers in ranges[:place] for number in numbers}
+        assert all(cells[number].start is None or cells[number].start.name in before for number in numbers)
+        assert (f"--dependency=afterany:{place}" in words) == (place > 0)
+        assert "--wrap|python recipes/sweep.py grid.yaml --set 'grid.seed=[0, 1]' --cell $SLURM_ARRAY_TASK_ID" in (
+            "|".join(words)
+        )
+    assert "--show_only" in calls[3][-2] and "--dependency=afterany:3" in calls[3]
+
+
+def test_the_folder_of_a_run_is_named_after_its_cell(config):
+    cell = sweep_cells(config())[0]
+    assert run_folder("out", cell) == Path("out/runs") / cell.name
+    assert re.fullmatch(r"dense-narrow-0-[0-9a-f]{8}", cell.name)
+
+
+def test_the_readme_names_every_sweep_of_the_paper():
+    readme = (REPOSITORY / "README.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)\.yaml`", readme, flags=re.MULTILINE)) == {file.stem for file in CONFIGS}
+    assert set(re.findall(r"recipes/configs/(\w+)\.yaml", readme)) <= {file.stem for file in CONFIGS}
