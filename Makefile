@@ -6,7 +6,8 @@ READY := $(VENV)/.ready
 OLDEST := .venv-oldest
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 # One process a core, since every test computes on one thread; a file stays in one of them, with what it sets up once.
-PARALLEL := -n auto --dist loadfile
+# Files come in the order of tests/conftest.py, not in that of how many tests they hold.
+PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 
 # Bytecode is kept whatever the shell says: else every process that a test or a launcher starts compiles torch again.
 export PYTHONDONTWRITEBYTECODE :=

@@ -107,8 +107,9 @@ def wrapped(family):
     return PrunedForImageClassification.from_backbone(backbone, num_labels=10, image_size=size, **values)
 
 
-# At 0.3 and 0.7 of their size with the slow tests, in any case; the same networks of transformers are pruned here.
-LONG = {"timm MobileViT", "timm MobileViTV2"}
+# Pruned with the slow tests. Those of transformers are pruned here, and EfficientNet and ResNeXt,
+# which have the layers of MobileNetV3 and RegNet.
+LONG = {"timm MobileViT", "timm MobileViTV2", "timm MobileNetV3", "timm RegNet"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in FAST])

@@ -55,7 +55,9 @@ def test_a_recipe_that_takes_too_long_saves_and_the_next_call_goes_on(tmp_path, 
         Clock((6.0 + 1.5) / 60).run(folder, "train.py", [told])
     assert told.read_text() == "started\nsaved\n"
     spent = json.loads((folder / "seconds.json").read_text())["train.py"]
-    recipe("train.py", "print('done'); open(__import__('sys').argv[1], 'a').write('went on')")
+    recipe(
+        "train.py", "import time; time.sleep(0.3); print('done'); open(__import__('sys').argv[1], 'a').write('went on')"
+    )
     assert Clock(1).run(folder, "train.py", [told]) == "done\n"
     assert told.read_text().endswith("went on")
     assert json.loads((folder / "seconds.json").read_text())["train.py"] > spent > 1

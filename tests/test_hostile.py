@@ -188,7 +188,7 @@ def test_mutated_configs_load_or_are_refused_in_one_message(folders, name, steps
 
 @pytest.mark.slow
 @given(name=NAMES, steps=changes())
-@settings(max_examples=100, **QUIET)
+@settings(max_examples=50, **QUIET)
 def test_many_mutated_configs(folders, name, steps):
     check(folders, name, steps)
 

@@ -192,11 +192,15 @@ def test_a_signal_reaches_the_run_and_is_waited_for(tmp_path, signum):
             time.sleep(0.05)
         os.kill(os.getpid(), signum)
 
-    threading.Thread(target=interrupt).start()
-    before = signal.getsignal(signum)
-    with pytest.raises(Stopped) as stop:
-        run_process(command, out, tmp_path / "err")
-    assert stop.value.signum == signum and signal.getsignal(signum) is before
+    # What runs in the background may be started with Ctrl-C ignored, and what it starts would ignore it as well.
+    outside = signal.signal(signum, signal.SIG_DFL)
+    try:
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(Stopped) as stop:
+            run_process(command, out, tmp_path / "err")
+        assert stop.value.signum == signum and signal.getsignal(signum) is signal.SIG_DFL
+    finally:
+        signal.signal(signum, outside)
     assert out.read_text() == ("up\nsaved 15\n" if signum == signal.SIGTERM else "up\nsaved 2\n")
 
 
