@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from process_group import on_processes
 from torch import nn
 
 from hf_mrpf import AttackConfig, evaluate_robustness, load_image_data, pgd_attack
@@ -186,6 +187,51 @@ def shorter(monkeypatch, steps=20, queries=100):
         monkeypatch.setitem(ATTACKS, name, (part,))
     monkeypatch.setitem(ATTACKS, "autoattack", tuple(parts))
     return names
+
+
+def verdicts_of(net, data, distributed):
+    return evaluate_robustness(
+        net, data, ("autoattack",), AttackConfig(eps=0.12), batch_size=8, distributed=distributed
+    ).verdicts
+
+
+@pytest.mark.slow
+def test_shares_of_two_processes_give_every_image_the_verdict_of_one(digits, monkeypatch):
+    shorter(monkeypatch, 6, 30)
+    data = tuple(rows[:41] for rows in digits[1:])
+    first, second = on_processes(2, verdicts_of, digits[0], data, True)
+    assert first == second == verdicts_of(digits[0], data, False)
+    assert 0 < sum(first["autoattack"]) < sum(first["clean"]) < 41
+
+
+@pytest.mark.slow
+def test_an_evaluation_of_a_thousand_images_goes_on_after_an_interruption(digits, monkeypatch, tmp_path):
+    shorter(monkeypatch, 20, 200)
+    net, images, labels = digits
+    # As many as there are, and as many of the same brightened a little.
+    data = torch.cat([images, (images * 1.05).clamp(0, 1)]), torch.cat([labels, labels])
+    assert len(data[1]) == 1000
+    attack, calls, stop = AttackConfig(eps=0.12), [], []
+
+    def count(module, inputs):
+        calls.append(len(inputs[0]))
+        if stop and len(calls) > stop[0]:
+            raise KeyboardInterrupt
+
+    def evaluated(**options):
+        calls.clear()
+        report = evaluate_robustness(net, data, ("clean", "pgd20", "autoattack"), attack, batch_size=100, **options)
+        return report, len(calls)
+
+    with net.register_forward_pre_hook(count):
+        whole, passes = evaluated()
+        stop.append(passes // 2)
+        with pytest.raises(KeyboardInterrupt):
+            evaluated(journal=tmp_path / "verdicts.jsonl")
+        stop.clear()
+        again, left = evaluated(journal=tmp_path / "verdicts.jsonl")
+    assert again == whole
+    assert left < 0.75 * passes
 
 
 @pytest.mark.parametrize("norm, eps", BALLS)
