@@ -23,9 +23,11 @@ test: $(READY)
 test-all: $(READY)
 	$(PYTEST) $(PARALLEL) --cov=hf_mrpf --cov-report=term --cov-fail-under=90
 
-# Half an hour and more on two cores; each script tells with --help what it can be asked for.
+# Half an hour and more on two cores; each script tells with --help what it can be asked for. Those of the study of
+# allocations and of CIFAR-10 on a GPU go on for hours, call after call.
 bench: $(READY)
-	for script in $(filter-out benchmarks/side_by_side.py benchmarks/gpu_cifar10.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
+	for name in attack_dtype data_pipeline latency memory planning robust_evaluation sensitivity start trades_step; do \
+		$(BIN)/python benchmarks/$$name.py || exit 1; done
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
