@@ -14,22 +14,19 @@ of theirs. Writes benchmarks/results/robust_evaluation.json.
 """
 
 import argparse
-import tempfile
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import study_networks
 import torch
 import torchattacks
 from side_by_side import clock_of, interleaved, ratio, report, table
-from study_networks import base
 from torch import nn
 from trades_step import Logits
 
 from hf_mrpf import (
     AttackConfig,
-    MRPFConfig,
-    MRPFTrainer,
     PrunedForImageClassification,
     evaluate_robustness,
     load_image_data,
@@ -49,13 +46,9 @@ def trained(data: Any, attack: AttackConfig, epochs: int, device: torch.device) 
         "timm/resnet18", num_labels=10, image_size=size or 32, small_images=True,
         layers=(1, 1, 1, 1), channels=(16, 32, 64, 64),
     )  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        args = MRPFConfig(
-            folder, objective="pgd", eps=attack.eps, num_steps=3, num_train_epochs=epochs, save_strategy="no",
-            report_to="none", use_cpu=device.type == "cpu", log_level="error",
-        )  # fmt: skip
-        MRPFTrainer(model, args, data.train).train()
-    return model.to(device).eval()
+    settings: dict[str, Any] = {"objective": "pgd", "eps": attack.eps, "num_train_epochs": epochs, "seed": 42}
+    settings["use_cpu"] = device.type == "cpu"
+    return study_networks.trained(model, data.train, **settings).to(device)
 
 
 def by_torchattacks(model: nn.Module, images: Any, labels: Any, attack: AttackConfig, batch_size: int) -> float:
@@ -111,7 +104,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     data = load_image_data(args.dataset, max_train_samples=args.train_images, max_eval_samples=args.test_images)
     attack = AttackConfig(eps=args.eps, num_steps=20)
-    model = base(args.base).to(device) if args.base else trained(data, attack, args.epochs, device)
+    model = study_networks.base(args.base).to(device) if args.base else trained(data, attack, args.epochs, device)
     size = getattr(getattr(model, "config", None), "image_size", None)
     pixels = as_pixel_dataset(data.test, size)[:]
     # Data sets keep bytes.
