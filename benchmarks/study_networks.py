@@ -22,7 +22,14 @@ from safetensors.torch import load_file, save_file
 from side_by_side import report
 from torch import Tensor, nn
 
-from hf_mrpf import AttackConfig, MRPFConfig, MRPFTrainer, evaluate_robustness, load_image_data
+from hf_mrpf import (
+    AttackConfig,
+    MRPFConfig,
+    MRPFTrainer,
+    PrunedForImageClassification,
+    evaluate_robustness,
+    load_image_data,
+)
 from hf_mrpf.efficiency import count_macs, count_parameters
 
 BASES = Path(__file__).parent / "bases"
@@ -56,7 +63,20 @@ def mobilenet() -> nn.Module:
     return Normalised(timm.create_model("mobilenetv2_035", num_classes=10, output_stride=8))
 
 
-NETWORKS: dict[str, Callable[[], nn.Module]] = {"narrow_vgg": narrow_vgg, "mobilenet": mobilenet}
+def narrow_resnet() -> nn.Module:
+    """A ResNet of four blocks, 16 to 64 channels: 13.4 M MACs; for the ranks of sensitivity.py."""
+    form: dict[str, Any] = {"layers": (1, 1, 1, 1), "channels": (16, 32, 64, 64)}
+    network = PrunedForImageClassification.from_backbone(
+        "timm/resnet18", num_labels=10, image_size=32, small_images=True, **form
+    )
+    return Normalised(network.backbone)
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "narrow_vgg": narrow_vgg,
+    "mobilenet": mobilenet,
+    "narrow_resnet": narrow_resnet,
+}
 
 
 def splits(dataset: str) -> tuple[Dataset, Dataset, Dataset]:

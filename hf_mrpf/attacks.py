@@ -40,9 +40,9 @@ class AttackConfig:
         random_start (`bool`, *optional*, defaults to `True`):
             Whether to start at a random point of the ball instead of at the image.
         dtype (`str`, *optional*, defaults to `"float32"`):
-            What the model computes in while it is attacked, one of `DTYPES`: `"bfloat16"` is faster on processors and
-            GPUs that have it, and finds slightly other images, whose pixels stay float32. Robust accuracy is always
-            measured in float32.
+            What the model computes in while it is attacked, and while sensitivities are measured; one of `DTYPES`.
+            `"bfloat16"` is faster on processors and GPUs that have it, and finds slightly other images, whose pixels
+            stay float32. Robust accuracy is always measured in float32.
 
     Raises:
         ValueError: If a value is unknown, of the wrong type or out of range, as when 8 is given for 8/255.
@@ -167,6 +167,19 @@ def _flagged(model: nn.Module, flag: bool) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
+def computing_in(attack: AttackConfig, images: Tensor) -> AbstractContextManager[Any]:
+    """
+    Let models compute in the dtype of the attack, or in that of an autocast that is on where it says float32.
+
+    Weights may change meanwhile: no cast of them is kept.
+    """
+    kind = images.device.type
+    if attack.dtype == "float32" and not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    dtype = torch.get_autocast_dtype(kind) if attack.dtype == "float32" else torch.bfloat16
+    return torch.autocast(kind, dtype, cache_enabled=False)
+
+
 @contextmanager
 def under_attack(model: nn.Module, images: Tensor) -> Iterator[None]:
     """
@@ -252,7 +265,7 @@ def pgd_attack(
     if start is None:
         start = _random_start(images, attack, None) if attack.random_start else images
 
-    with _autocast(attack, images), under_attack(model, images):
+    with computing_in(attack, images), under_attack(model, images):
         layout = fast_layout(images)
         images = images.contiguous(memory_format=layout)
         adversarial = start.detach().clone(memory_format=layout)
@@ -321,10 +334,6 @@ def keyed_start(images: Tensor, indices: Sequence[int] | Tensor, attack: AttackC
         for image, key in zip(images.detach().cpu().split(1), keys, strict=True)
     ]
     return torch.cat(starts).to(images.device)
-
-
-def _autocast(attack: AttackConfig, images: Tensor) -> AbstractContextManager[Any]:
-    return torch.autocast(images.device.type, torch.bfloat16) if attack.dtype == "bfloat16" else nullcontext()
 
 
 def _is_number(value: Any) -> bool:

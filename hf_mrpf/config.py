@@ -60,8 +60,8 @@ class MRPFConfig(TrainingArguments):
         random_start (`bool`, *optional*, defaults to `True`):
             Whether attacks start at a random point of the ball. TRADES has its own small Gaussian start.
         attack_dtype (`str`, *optional*, defaults to `"float32"`):
-            What the model computes in during the training attack: `"float32"` or `"bfloat16"`. Training steps follow
-            `bf16`, and evaluation is in float32.
+            What the model computes in during the training attack and the measurement of sensitivities: `"float32"` or
+            `"bfloat16"`. Training steps follow `bf16`, and evaluation is in float32.
         eval_num_steps (`int`, *optional*, defaults to `10`):
             Steps of the PGD attack that `evaluate()` runs to measure `eval_robust_accuracy`.
         target (`float`, *optional*, defaults to `0.5`):
@@ -142,7 +142,7 @@ class MRPFConfig(TrainingArguments):
     num_steps: int = field(default=10, metadata={"help": "Steps of the training attack."})
     random_start: bool = field(default=True, metadata={"help": "Start attacks at a random point of the ball."})
     attack_dtype: str = field(
-        default="float32", metadata={"help": f"What the training attack computes in: {', '.join(DTYPES)}."}
+        default="float32", metadata={"help": f"What training attacks and sensitivities compute in: {', '.join(DTYPES)}."}
     )
     eval_num_steps: int = field(default=10, metadata={"help": "Steps of PGD in the evaluations during training."})
 

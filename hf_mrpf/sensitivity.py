@@ -90,7 +90,8 @@ def module_robustness_sensitivity(
         batches (`Iterable[tuple[Tensor, Tensor]]`):
             Calibration sets, each `(images [N, 3, H, W] in [0, 1], labels [N])`; scores are means over the sets.
         attack ([`AttackConfig`]):
-            Makes the adversarial images; `eps=0` gives the sensitivity of the clean loss.
+            Makes the adversarial images; `eps=0` gives the sensitivity of the clean loss. Its dtype is that of the
+            passes for the scores too; sums over images and weights stay in their own.
         method (`str`, *optional*, defaults to `"ascent"`):
             A key of `METHODS`. `"ascent"` and `"exact"` take 3 and 10 projected steps along the normalised gradient,
             each of the whole radius, and keep the best value. `"first_order"` is `gamma * ||theta|| * ||grad R||`,
@@ -164,7 +165,7 @@ def module_robustness_sensitivity(
                     batch_size=batch_size,
                     processes=processes,
                 )
-                measure = RobustLoss(model, list(parts), len(images), processes)
+                measure = RobustLoss(model, list(parts), len(images), attack, processes)
                 for entry in _scores(targets, missing, measure, gamma, steps):
                     known[entry["name"]] = entry | {"set": number}
                     kept.add(known[entry["name"]])

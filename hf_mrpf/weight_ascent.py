@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attacks import logits_of
+from .attacks import AttackConfig, computing_in, logits_of
 from .calibration import AttackedBatch
 from .folding import folded_except
 from .prefix import Prefix
@@ -30,11 +30,12 @@ class Piece(NamedTuple):
 
 @dataclass
 class RobustLoss:
-    """Mean loss over one calibration set at the present weights; every sum over images is made here."""
+    """Mean loss over one calibration set at the present weights; every sum over images is made here, in float64."""
 
     model: nn.Module
     parts: list[AttackedBatch]
     count: int
+    attack: AttackConfig  # whose dtype the passes compute in
     processes: Processes
     forwards: int = 0
     backwards: int = 0
@@ -53,7 +54,8 @@ class RobustLoss:
             for prefix in self.prefixes[:1]:
                 forms.enter_context(folded_except(self.model, prefix.images, weights))
             for prefix in self.prefixes:
-                prefix.stop_before(weights)
+                with computing_in(self.attack, prefix.images):
+                    prefix.stop_before(weights)
             yield
 
     def __call__(self, pieces: Sequence[Piece] = ()) -> tuple[float, list[Tensor]]:
@@ -66,7 +68,7 @@ class RobustLoss:
             weight.requires_grad_(True)
         try:
             for prefix, (_, _, labels) in zip(self.prefixes, self.parts, strict=True):
-                with torch.set_grad_enabled(bool(weights)):
+                with torch.set_grad_enabled(bool(weights)), computing_in(self.attack, prefix.images):
                     losses = F.cross_entropy(logits_of(prefix()), labels, reduction="none")
                     loss = losses.sum()
                 total += losses.detach().cpu().double().sum().item()

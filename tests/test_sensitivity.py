@@ -129,6 +129,27 @@ def test_equals_the_naive_reference(net, method):
     assert min(result[name] for name in SCORED if name != "unused") > 0.01
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_bfloat16_gives_the_same_scores_to_its_own_precision(net, method):
+    kinds = []
+
+    (images, labels), *_ = calibration(64)
+    adversarial = [(pgd_attack(net, images, labels, ATTACK), labels)]
+    single = module_robustness_sensitivity(net, adversarial, AttackConfig(eps=0), method=method)
+    half = AttackConfig(eps=0, dtype="bfloat16")
+    with_hook = net.fc2.register_forward_hook(lambda module, inputs, output: kinds.append(output.dtype))
+    found = module_robustness_sensitivity(net, adversarial, half, method=method)
+    with_hook.remove()
+    assert set(kinds) == {torch.bfloat16} and found.settings["attack"]["dtype"] == "bfloat16"
+    assert dict(found) != dict(single), "float32 was computed in"
+    assert dict(found) == pytest.approx(dict(single), rel=0.05, abs=1e-3)
+    assert {parameter.dtype for parameter in net.parameters()} == {torch.float32}
+    # Autocast keeps the casts of weights, which are other ones after a step.
+    with torch.autocast("cpu", torch.bfloat16):
+        around = module_robustness_sensitivity(net, adversarial, AttackConfig(eps=0), method=method)
+    assert dict(around) == dict(found)
+
+
 def test_first_order_is_norm_times_gradient_norm(net):
     ((images, labels),) = calibration()
     result = module_robustness_sensitivity(net, [(images, labels)], ATTACK, method="first_order", gamma=0.2)
