@@ -142,7 +142,7 @@ class MRPFConfig(TrainingArguments):
     num_steps: int = field(default=10, metadata={"help": "Steps of the training attack."})
     random_start: bool = field(default=True, metadata={"help": "Start attacks at a random point of the ball."})
     attack_dtype: str = field(
-        default="float32", metadata={"help": f"What training attacks and sensitivities compute in: {', '.join(DTYPES)}."}
+        default="float32", metadata={"help": f"What training attacks and MRS compute in: {', '.join(DTYPES)}."}
     )
     eval_num_steps: int = field(default=10, metadata={"help": "Steps of PGD in the evaluations during training."})
 
