@@ -32,7 +32,8 @@ import torch
 from datasets import Dataset
 from side_by_side import RESULTS
 from study_networks import EPS, base, splits, trained
-from study_tables import print_tables
+from study_plots import draw
+from study_tables import mean_robust, of, print_tables, select
 from torch import Tensor, nn
 
 from hf_mrpf import (
@@ -83,7 +84,7 @@ def headroom_cells(place: tuple[str, str, float], rows: list[Cell]) -> Iterator[
         for seed in SEEDS if steps else (0,):
             for allocation in allocations:
                 yield cell("headroom", *place, allocation, steps, seed)
-        mine = [row for row in rows if row["phase"] == "headroom" and of_place(row, place) and row["steps"] == steps]
+        mine = select(of(rows, place), phase="headroom", steps=steps)
         if steps and len(mine) >= len(allocations) * len(SEEDS):
             best = max(allocations[1:], key=lambda name: mean_robust(mine, name))
             for seed in FRESH_SEEDS:
@@ -129,17 +130,6 @@ def all_cells(rows: list[Cell], networks: list[str], phases: list[str]) -> Itera
         chosen = [one for phase in phases for one in cells[phase]]
         yield from (one for one in chosen if not one["steps"])
         yield from (one for one in chosen if one["steps"])
-
-
-def of_place(row: Cell, place: tuple[str, str, float]) -> bool:
-    """Whether a row is of that network and size."""
-    return (row["network"], row["metric"], row["target"]) == place
-
-
-def mean_robust(rows: list[Cell], allocation: str) -> float:
-    """Mean PGD-20 accuracy over the seeds of an allocation."""
-    found = [row["pgd20"] for row in rows if row["allocation"] == allocation]
-    return sum(found) / len(found)
 
 
 def planning_options(allocation: str, model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
@@ -221,7 +211,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30, help="No cell begins after this time.")
     parser.add_argument("--networks", nargs="+", default=["narrow_vgg"], help="Made by study_networks.py.")
     parser.add_argument("--phases", nargs="+", choices=phases, default=phases)
-    parser.add_argument("--tables", action="store_true", help="Only print what is known.")
+    parser.add_argument("--tables", action="store_true", help="Only print and draw what is known.")
     args = parser.parse_args()
     torch.set_num_threads(1)
     end = time.monotonic() + 60 * args.minutes
@@ -236,6 +226,7 @@ def main() -> None:
                   f"steps={row['steps']} seed={row['seed']}: clean={row['clean']:.4f} pgd20={row['pgd20']:.4f} "
                   f"seconds={row['seconds']}", flush=True)  # fmt: skip
     print_tables(known_rows())
+    print(*(f"Drawn: {path.name}" for path in draw(known_rows(), RESULTS)), sep="\n")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,14 @@ from side_by_side import table
 Row = dict[str, Any]
 Place = tuple[str, str, float]
 
+# Of recovery: what a row has in each column.
+WAYS: dict[str, dict[str, Any]] = {
+    "no repair": {"repair": False},
+    "repair": {"repair": True, "importance": "magnitude", "objective": "trades"},
+    "repair, fisher": {"importance": "fisher"},
+    "repair, rslad": {"objective": "rslad"},
+}
+
 
 def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
     """Rows that have those values; a tuple allows any of its own."""
@@ -24,6 +32,11 @@ def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
 def by_seed(rows: Iterable[Row]) -> dict[int, float]:
     """PGD-20 accuracy in percent, by seed."""
     return {row["seed"]: 100 * row["pgd20"] for row in rows}
+
+
+def mean_robust(rows: Iterable[Row], allocation: str) -> float:
+    """Mean PGD-20 accuracy over the seeds of an allocation, in [0, 1]."""
+    return fmean(row["pgd20"] for row in rows if row["allocation"] == allocation)
 
 
 def withstood(row: Row) -> list[int]:
@@ -111,13 +124,9 @@ def rule_rows(rows: list[Row], place: Place) -> list[list[Any]]:
 def recovery_rows(rows: list[Row], place: Place) -> list[list[Any]]:
     """PGD-20 accuracy after each number of steps, by way."""
     mine = select(of(rows, place), phase="recovery")
-    ways: dict[str, dict[str, Any]] = {
-        "no repair": {"repair": False}, "repair": {"repair": True, "importance": "magnitude", "objective": "trades"},
-        "repair, fisher": {"importance": "fisher"}, "repair, rslad": {"objective": "rslad"},
-    }  # fmt: skip
     lines = []
     for steps in sorted({row["steps"] for row in mine}):
-        found = [by_seed(select(mine, steps=steps, **way)).values() for way in ways.values()]
+        found = [by_seed(select(mine, steps=steps, **way)).values() for way in WAYS.values()]
         lines.append([steps, *(fmean(values) if values else None for values in found)])
     return lines
 
@@ -159,7 +168,7 @@ def print_tables(rows: list[Row]) -> None:
         if lines := rule_rows(rows, place):
             print(table(["rule", "0 steps", "SE", "20 steps", "SE", "planning s"], lines))
         if lines := recovery_rows(rows, place):
-            print(table(["steps", "no repair", "repair", "repair, fisher", "repair, rslad"], lines))
+            print(table(["steps", *WAYS], lines))
     if lines := primary_rows(rows):
         print("\nPrimary cell, all test images")
         print(table(["allocation", "seeds", "clean", "PGD-20", "minus uniform [95 %]", "p (Holm)"], lines))
