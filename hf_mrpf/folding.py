@@ -105,7 +105,7 @@ class _Reads(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.written: dict[int, tuple[Any, Tensor, int]] = {}
+        self.written: dict[int, tuple[Any, Tensor]] = {}
         self.count: Counter[int] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -119,17 +119,17 @@ class _Reads(TorchDispatchMode):
 def _watched(modules: Sequence[nn.Module]) -> Iterator[list[Pair]]:
     """The pairs among the modules, once a pass has been made."""
     pairs: list[Pair] = []
-    read: list[tuple[Any, Tensor, int]] = []
+    read: list[tuple[Any, Tensor]] = []
     runs: Counter[nn.Module] = Counter()
     reads = _Reads()
 
     def writes(module: nn.Module, inputs: tuple, output: Tensor) -> None:
         runs[module] += 1
-        reads.written[id(output)] = module, output, output._version
+        reads.written[id(output)] = module, output  # held: its id must not become another's
 
     def is_read(module: nn.Module, inputs: tuple) -> None:
         runs[module] += 1
-        read.append((module, inputs[0], inputs[0]._version))
+        read.append((module, inputs[0]))
 
     plain = [module for module in modules if _name(module) in CONVOLUTIONS + NORMS and not _is_watched(module)]
     hooks = [module.register_forward_hook(writes) for module in plain if _name(module) in CONVOLUTIONS]
@@ -140,9 +140,10 @@ def _watched(modules: Sequence[nn.Module]) -> Iterator[list[Pair]]:
     finally:
         for hook in hooks:
             hook.remove()
-    for norm, tensor, version in read:
-        convolution, _, unchanged = reads.written.get(id(tensor), (None, None, None))
-        if convolution is None or version != unchanged or reads.count[id(tensor)] != 1:
+    for norm, tensor in read:
+        convolution, _ = reads.written.get(id(tensor), (None, None))
+        # An operation that changes it in place reads it too.
+        if convolution is None or reads.count[id(tensor)] != 1:
             continue
         if runs[convolution] == runs[norm] == 1:
             pairs.append(Pair(convolution, norm))

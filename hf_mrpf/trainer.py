@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +15,20 @@ from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCall
 from .allocation import reads
 from .attacks import eval_mode, logits_of
 from .augmentation import augment, mirror_keeps_class
-from .averaging import AveragingTrainer
 from .batchnorm import average_statistics, recalibrate_batchnorm
 from .callbacks import SeedEachRank
-from .checkpoints import best_beside, check_complete, discard, mark_complete, newest_complete, rotate
 from .config import MRPFConfig
 from .data import calibration_batches, stratified_subset
 from .efficiency import count_macs, count_parameters
-from .faults import is_out_of_memory, out_of_memory
 from .loader import PixelRows, as_float, batches, collate_pixels, with_index
 from .objectives import Objective, ObjectiveOutput, get_objective
 from .pixels import as_pixel_dataset
 from .plan import PruningPlan, removed_fraction
-from .processes import Processes, check_same_model
+from .processes import Processes
 from .progress import shows_progress
 from .pruning import plan_pruning, prune
 from .repair import RepairReport, repair
+from .resumable import ResumableTrainer
 from .sensitivity import check_finite_weights, module_robustness_sensitivity
 from .units import pruning_units
 from .weight_perturbation import adversarial_weights
@@ -48,7 +45,7 @@ class AverageBatchNorm(TrainerCallback):
         average_statistics(kwargs["model"], Processes.of(args.world_size > 1))
 
 
-class MRPFTrainer(AveragingTrainer):
+class MRPFTrainer(ResumableTrainer):
     r"""
     `Trainer` with `prune()`: Module Robustness Sensitivity, structured removal, repair; then adversarial fine-tuning.
 
@@ -103,8 +100,6 @@ class MRPFTrainer(AveragingTrainer):
         self._num_labels = getattr(getattr(model, "config", None), "num_labels", None)
         self.objective: Objective = get_objective(args.objective)
         self.plans: list[PruningPlan] = []
-        self._checked_checkpoint: str | None = None
-        self._resumed_from: Path | None = None
         self.pruning_report: dict[str, dict[str, Any]] = {}
         self.repair_report: RepairReport | None = None
         with args.main_process_first(desc="decoding of images"):  # the others find them in the cache
@@ -405,110 +400,6 @@ class MRPFTrainer(AveragingTrainer):
                 return super().training_step(*args, **kwargs)
         finally:
             self._until_backward = None
-
-    def _stop(self, reason: str) -> None:
-        raise ValueError(
-            f"{reason}; training stopped. Last checkpoint with finite weights: "
-            f"{self._checked_checkpoint or 'none was saved yet'}. Lower the learning rate, or give it a warm-up"
-            f"{', or train without --bf16' if self.args.bf16 else ''}."
-        )
-
-    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args, **kwargs):
-        """
-        As in `Trainer`; a ValueError where loss or weights are no longer finite, a MemoryError where memory ends.
-
-        Args:
-            resume_from_checkpoint (`str`, `Path` or `bool`, *optional*):
-                A checkpoint to go on from; `True` for the newest complete one in `output_dir`, torn ones being skipped.
-
-        Raises:
-            ValueError: also where the checkpoint is torn, or `True` was given and none is complete.
-        """
-        self._checked_checkpoint = None
-        self._resumed_from = self._place(resume_from_checkpoint)
-        place = None if self._resumed_from is None else str(self._resumed_from)
-        try:
-            output = super().train(place, *args, **kwargs)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise MemoryError(out_of_memory(self._train_batch_size)) from error
-        self._check_weights()
-        self._check_same("after training")
-        return output
-
-    def _place(self, wanted: str | Path | bool | None) -> Path | None:
-        # The main process looks: the others could see the folder in another state, and go on from another step.
-        found, error = None, None
-        if wanted and self.is_world_process_zero():
-            try:
-                found = newest_complete(str(self.args.output_dir)) if wanted is True else check_complete(str(wanted))
-                if found is None:
-                    error = f"resume_from_checkpoint=True, but {self.args.output_dir} holds no complete checkpoint."
-            except ValueError as refusal:
-                error = str(refusal)
-        found, error = Processes.of(self.args.world_size > 1).from_main((found, error))
-        if error:
-            raise ValueError(error)
-        return found
-
-    def _init_training_state(self, *args, **kwargs):
-        position = super()._init_training_state(*args, **kwargs)
-        if self._resumed_from is not None:
-            # The path in the state is that of the machine and working directory where it was written.
-            best = best_beside(self._resumed_from, self.state.best_global_step)
-            self.state.best_model_checkpoint = best or self.state.best_model_checkpoint
-        return position
-
-    def _run_epoch(self, *args, **kwargs) -> None:
-        # Gone on with at its last step in mid-epoch, Trainer would do one step too many.
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
-
-    def _check_weights(self) -> None:
-        try:
-            check_finite_weights(self.accelerator.unwrap_model(self.model))
-        except ValueError as error:
-            self._stop(f"After step {self.state.global_step}, {error}")
-
-    def _check_same(self, when: str) -> None:
-        check_same_model(self.accelerator.unwrap_model(self.model), Processes.of(self.args.world_size > 1), when)
-
-    @contextlib.contextmanager
-    def _nothing_removed(self) -> Iterator[None]:
-        """Within, `Trainer` removes no checkpoint."""
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            yield
-        finally:
-            self.args.save_total_limit = limit
-
-    def _save_checkpoint(self, model, trial):
-        self._check_weights()
-        folder = Path(self._get_output_dir(trial))
-        checkpoint = folder / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            discard(checkpoint)
-        self.accelerator.wait_for_everyone()
-        # Trainer removes older checkpoints before this one is known to be whole, and takes the times of folders for
-        # their order.
-        with self._nothing_removed():
-            super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            self._save_settings(checkpoint)  # with the limit that was held back
-            mark_complete(checkpoint, world_size=self.args.world_size)
-            rotate(folder, self.args.save_total_limit, checkpoint, self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()
-        self._checked_checkpoint = str(checkpoint)
-
-    def _finalize_training(self, *args, **kwargs):
-        # Trainer removes the last checkpoint here if another is the best: a run killed before it has saved its model
-        # would then train again since the best.
-        with self._nothing_removed():
-            return super()._finalize_training(*args, **kwargs)
 
 
 def _check_classes(model: nn.Module, dataset: Dataset) -> None:

@@ -213,6 +213,14 @@ def test_no_pass_is_made_to_learn_and_the_log_says_what_is_folded(first, folded,
     ]
 
 
+def test_the_log_does_not_count_what_somebody_looks_at(caplog):
+    net = randomised(block())
+    net[1].register_forward_hook(lambda *_: None)
+    with caplog.at_level(logging.INFO, "hf_mrpf"):
+        assert learnt(net) == 1
+    assert caplog.messages == ["1 of 2 BatchNorm layers are folded into convolutions during attacks."]
+
+
 def test_bfloat16_reaches_convolutions_and_pixels_stay_float32():
     kinds = []
 

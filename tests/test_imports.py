@@ -78,6 +78,7 @@ FLOORS = {
     "callbacks": 4,
     "measuring": 5.5,
     "averaging": 5.7,
+    "resumable": 5.8,
     "weight_perturbation": 0.2,
     "trainer": 6,
     "interruption": 0,
