@@ -10,7 +10,8 @@ all of them. Both start from the same images, as adversarial ones are given and 
 same values, which is checked in float64. Rounds take turns. The agreement of `ascent` with `exact` is measured on a
 narrow network after PGD adversarial training (a ResNet, unless a trained one is named), next to what two disjoint sets
 of images agree on: the most that one set can tell. There, `exact` is also taken on four times as many images as
-`ascent`: few images and few steps rank as well, and cost that much less.
+`ascent`: few images and few steps rank as well, and cost that much less. On the same network `exact` is measured in
+bfloat16 too: on a GPU for its time as well, on a processor for its values alone.
 """
 
 import argparse
@@ -34,13 +35,17 @@ from hf_mrpf import (
     module_robustness_sensitivity,
     pgd_attack,
 )
-from hf_mrpf.attacks import logits_of
+from hf_mrpf.attacks import DTYPES, logits_of
 from hf_mrpf.loader import batches
 from hf_mrpf.sensitivity import _mean_spearman
 
 GAMMA, STEPS = 0.1, 10
 IMAGES = 512
-CLEAN = AttackConfig(eps=0)  # the images handed over are adversarial already
+
+
+def passes_in(dtype: str) -> AttackConfig:
+    """No attack: the images handed over are adversarial already."""
+    return AttackConfig(eps=0, dtype=dtype)
 
 
 def naive(model: nn.Module, weight: nn.Parameter, images: Tensor, labels: Tensor) -> float:
@@ -100,27 +105,29 @@ def compare(
     def loop() -> None:
         values["naive"] = {module: naive(model, weights[module], images, labels) for module in names}
 
-    def ours(way: str, method: str, count: int) -> Callable[[], None]:
+    def ours(way: str, method: str, count: int, dtype: str) -> Callable[[], None]:
         def run() -> None:
             values[way] = module_robustness_sensitivity(
-                model, [(images[:count], labels[:count])], CLEAN, method=method, gamma=GAMMA, slices={}
+                model, [(images[:count], labels[:count])], passes_in(dtype), method=method, gamma=GAMMA, slices={}
             )
 
         return run
 
-    everything = {way: ours(way, method, len(images) // part) for way, (method, part, _) in WAYS.items()}
+    # A processor that has to imitate bfloat16 would only show that.
+    ways = WAYS | (HALF_WAYS if device.type == "cuda" else {})
+    everything = {way: ours(way, method, len(images) // part, dtype) for way, (method, part, dtype, _) in ways.items()}
     seconds = interleaved({"naive": loop} | everything, rounds, device)
     scale, clock = len(weights) / len(names), clock_of(device)
     error = difference(model, names, images, labels)
     rows = []
-    for way, (method, part, target) in WAYS.items():
+    for way, (_, part, dtype, target) in ways.items():
         settings = values[way].settings
         rows.append({
             "network": name, "modules": len(weights), "images": len(images) // part, "naive_images": len(images),
             "way": way, "forwards": settings["forwards"], "backwards": settings["backwards"],
             "naive_modules": len(names), "faster": scale * ratio(seconds, way, "naive", clock),
             "wall": scale * ratio(seconds, way, "naive", "wall"), "target": target,
-            "error": error if method == "exact" else None, "largest": max(values["naive"].values()),
+            "error": error if way == "exact" else None, "dtype": dtype, "largest": max(values["naive"].values()),
             "seconds": seconds[way], "naive_seconds": seconds["naive"],
         })  # fmt: skip
     return rows
@@ -137,7 +144,7 @@ def difference(model: nn.Module, names: list[str], images: Tensor, labels: Tenso
     ours = module_robustness_sensitivity(
         double,
         [(images, labels)],
-        CLEAN,
+        passes_in("float32"),
         method="exact",
         gamma=GAMMA,
         slices={},
@@ -159,7 +166,7 @@ def growth(device: torch.device, rounds: int) -> list[dict[str, Any]]:
 
         def run(x: Tensor = x, y: Tensor = y, chosen: list[str] = chosen) -> None:
             module_robustness_sensitivity(
-                model, [(x, y)], CLEAN, groups={name: [name] for name in chosen}, batch_size=2
+                model, [(x, y)], passes_in("float32"), groups={name: [name] for name in chosen}, batch_size=2
             )
 
         seconds = interleaved({"ascent": run}, rounds, device)["ascent"][clock_of(device)]
@@ -182,17 +189,26 @@ def agreement(model: nn.Module, images: Tensor, labels: Tensor, attack: AttackCo
     }
 
 
+def in_bfloat16(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """Largest difference of `exact` in bfloat16 from that in float32 on the same images, as a fraction of each."""
+    single, half = (
+        module_robustness_sensitivity(model, [(images, labels)], passes_in(dtype), method="exact") for dtype in DTYPES
+    )
+    return {name: abs(half[name] - score) / score for name, score in single.items()}
+
+
 def _least(pairs: Iterable[tuple[dict[str, float], ...]]) -> float:
     return min(_mean_spearman(pair) or 0.0 for pair in pairs)
 
 
-# Method, the part of the images that it is given, and how many times faster it is to be.
-WAYS = {
-    "exact": ("exact", 1, 3.3),
-    "ascent": ("ascent", 1, None),
-    "ascent, a quarter of the images": ("ascent", 4, 60.0),
-    "first_order": ("first_order", 1, None),
+# Method, the part of the images that it is given, what it computes in, and how many times faster it is to be.
+WAYS: dict[str, tuple[str, int, str, float | None]] = {
+    "exact": ("exact", 1, "float32", 3.3),
+    "ascent": ("ascent", 1, "float32", None),
+    "ascent, a quarter of the images": ("ascent", 4, "float32", 60.0),
+    "first_order": ("first_order", 1, "float32", None),
 }
+HALF_WAYS = {"exact, bfloat16": ("exact", 1, "bfloat16", 5.0)}
 
 
 def main() -> None:
@@ -230,6 +246,7 @@ def main() -> None:
     adversarial = pgd_attack(narrow, images[:half], labels[:half], attack)
     rows += compare(args.base or "narrow, robust", narrow, adversarial, labels[:half], args.sample, args.rounds, device)
     found = agreement(narrow, images, labels, attack)
+    imprecise = in_bfloat16(narrow, adversarial, labels[:half])
     shown = [
         [row["network"], row["modules"], row["way"], f"{row['images']} / {row['naive_images']}", row["forwards"],
          row["backwards"], row["faster"], row["wall"], row["target"],
@@ -251,7 +268,16 @@ def main() -> None:
     print(table(heads, shown))
     print(table(["images", "modules", "seconds"], [list(row.values()) for row in curve]))
     print(", ".join(f"Spearman, {name.replace('_', ' ')}: {value:.3f}" for name, value in found.items()))
-    report("sensitivity", device, args.threads, rows, growth=curve, spearman=found, dataset=Path(args.dataset).name)
+    print(
+        f"exact in bfloat16, relative error: median {median(imprecise.values()):.4f}, largest {max(imprecise.values()):.4f}"
+    )
+    more = {
+        "growth": curve,
+        "spearman": found,
+        "bfloat16_relative_error": imprecise,
+        "dataset": Path(args.dataset).name,
+    }
+    report("sensitivity", device, args.threads, rows, **more)
 
 
 if __name__ == "__main__":
