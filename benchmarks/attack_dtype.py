@@ -32,7 +32,7 @@ def robust_accuracy(data: Any, dtype: str, seed: int, args: argparse.Namespace) 
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         config = MRPFConfig(
-            folder, attack_dtype=dtype, num_train_epochs=args.epochs, num_steps=args.num_steps, seed=seed,
+            folder, attack_dtype=dtype, eps=args.eps, num_train_epochs=args.epochs, num_steps=args.num_steps, seed=seed,
             save_strategy="no", report_to="none", use_cpu=args.device == "cpu", log_level="error", disable_tqdm=True,
         )  # fmt: skip
         MRPFTrainer(model, config, data.train).train()
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--num_steps", type=int, default=10)
+    parser.add_argument("--eps", type=float, default=0.2, help="In pixels from 0 to 1; 8/255 is 0.0314.")
     parser.add_argument("--train_images", type=int, default=1000)
     parser.add_argument("--test_images", type=int, default=300)
     args = parser.parse_args()
