@@ -32,8 +32,8 @@ class Odd(nn.Module):
         self.act(x)  # what it returns is what it was given
         x = self.shared(x) + x
         x.add_(0.1)
-        left, right = self.pair(x)
-        x = nn.functional.linear(left.movedim(1, -1), self.bare.weight).movedim(-1, 1) + right["half"]
+        left, right = self.pair(x)  # it has changed what it was given, which is read again
+        x = nn.functional.linear(left.movedim(1, -1), self.bare.weight).movedim(-1, 1) + right["half"] + x
         kept = self.late(x)
         kept += self.shared(x)[..., 1:-1, 1:-1]
         return self.head(kept.sigmoid().mean((2, 3)))
@@ -164,7 +164,7 @@ def test_an_output_that_took_the_id_of_a_tensor_that_is_gone_is_not_kept():
 
 def test_a_module_that_others_watch_runs_each_time_and_is_watched_once_a_pass():
     net = small("timm/resnet18", layers=(1, 1, 1, 1), channels=(8, 8, 8, 8)).eval()
-    net.backbone.layer1.register_forward_hook(lambda module, inputs, output: output * 2)
+    net.backbone.global_pool.register_forward_hook(lambda module, inputs, output: output * 2)  # fc reads it
     prefix = Prefix(net, IMAGES)
     with frozen(net), torch.no_grad():
         prefix.stop_before([net.backbone.fc.weight])
