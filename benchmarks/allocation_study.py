@@ -26,6 +26,7 @@ import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -49,13 +50,18 @@ from hf_mrpf import (
     unit_sensitivity,
 )
 from hf_mrpf.data import calibration_batches
+from hf_mrpf.efficiency import latency_rounds
 from hf_mrpf.fingerprint import weights_sha256
+from hf_mrpf.units import cut, trace_units
 
 ROWS = RESULTS / "allocation_study.jsonl"
 SETS, SET_SIZE, RECALIBRATION = 4, 128, 1024
 ATTACK = AttackConfig(eps=EPS, num_steps=10)
 RANDOM_ALLOCATIONS, SEEDS, FRESH_SEEDS, PRIMARY_SEEDS = 16, (0, 1, 2), (10, 11, 12), tuple(range(8))
-RULES = ("mrs", "mrs joint", "mrs per MAC", "anti_mrs", "shuffled_mrs", "global", "isomorphic", "netadapt", "damage")
+RULES = (
+    *("mrs", "mrs joint", "mrs per MAC", "mrs per parameter", "mrs per millisecond", "anti_mrs", "shuffled_mrs"),
+    *("global", "isomorphic", "netadapt", "damage"),
+)
 PRIMARY_PLACE, PRIMARY_STEPS = ("narrow_vgg", "macs", 0.3), 20
 # (network, metric, fraction kept): where headroom is looked for.
 PLACES = (
@@ -141,11 +147,26 @@ def planning_options(allocation: str, model: nn.Module, batches: list[tuple[Tens
         return {"scores": {unit.name: 10 ** dice.uniform(0, 4) for unit in pruning_units(model, example)}}
     if allocation == "mrs joint":
         return {"allocation": "mrs", "combine": "joint"}
-    if allocation == "mrs per MAC":
-        units = pruning_units(model, example)
-        scores = unit_sensitivity(module_robustness_sensitivity(model, batches, ATTACK), units)
-        return {"scores": {unit.name: scores[unit.name] / unit.cost for unit in units}}
+    if allocation.startswith("mrs per "):
+        prices = prices_of(model, batches[0][0], allocation.removeprefix("mrs per "))
+        scores = unit_sensitivity(module_robustness_sensitivity(model, batches, ATTACK), pruning_units(model, example))
+        return {"scores": {name: scores[name] / price for name, price in prices.items()}}
     return {"allocation": allocation}
+
+
+def prices_of(model: nn.Module, images: Tensor, what: str) -> dict[str, float]:
+    """What each unit costs: MACs or parameters that it has a part in, or the milliseconds that half of it takes."""
+    graph = trace_units(model, images[:1])
+    if what != "millisecond":
+        return {unit.name: graph.touching(unit, {"MAC": "macs", "parameter": "params"}[what]) for unit in graph.units}
+    models = {"": model}
+    for unit in graph.units:
+        models[unit.name] = copy.deepcopy(model)
+        cut(models[unit.name], graph, {unit.name: list(range(unit.width // 2))})
+    times = {name: median(rounds) for name, rounds in latency_rounds(models, images, rounds=21).items()}
+    # Where a unit of no size saves nothing, noise must not make its price one of nothing or less.
+    least = 0.01 * times[""]
+    return {unit.name: max(times[""] - times[unit.name], least) for unit in graph.units}
 
 
 @functools.cache

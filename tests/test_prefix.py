@@ -1,6 +1,7 @@
 """Passes from some weights on: the same output and gradient as whole passes, at the cost of what comes after."""
 
 import copy
+import itertools
 import logging
 
 import pytest
@@ -152,14 +153,26 @@ class Arithmetic(nn.Module):
         return x
 
 
+def holds(prefix):
+    return [module for module, outputs in prefix._kept.items() for leaf, _ in outputs if any(leaf.stride())]
+
+
 def test_an_output_that_took_the_id_of_a_tensor_that_is_gone_is_not_kept():
     net = Arithmetic().eval()
     for _ in range(20):
         prefix = Prefix(net, IMAGES)
         with frozen(net), torch.no_grad():
             prefix.stop_before([net.stages[-1].weight])
-        held = [module for module, outputs in prefix._kept.items() for leaf, _ in outputs if any(leaf.stride())]
-        assert held == [net.stages[-2]]
+        assert holds(prefix) == [net.stages[-2]]
+
+
+def test_what_was_kept_for_an_earlier_weight_is_let_go():
+    net = Arithmetic().eval()
+    prefix = Prefix(net, IMAGES)
+    with frozen(net), torch.no_grad():
+        for before, stage in itertools.pairwise(net.stages):
+            prefix.stop_before([stage.weight])
+            assert holds(prefix) == [before]
 
 
 def test_a_module_that_others_watch_runs_each_time_and_is_watched_once_a_pass():
