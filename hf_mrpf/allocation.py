@@ -1,5 +1,6 @@
 """How much to remove from each unit: the rules by name, and widths that meet a target by one of them; no tensor."""
 
+import itertools
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
@@ -113,23 +114,28 @@ def nudged(
     to_come: Callable[[int], None] = lambda candidates: None,
 ) -> Widths:
     """
-    Where more than 0.5 % are missing, move single units to the next allowed width while that brings the size nearer.
+    Where more than 0.5 % are missing, move units to the next allowed width while that brings the size nearer.
+
+    One at a time, and two at once where no single one helps any more: small networks have few sizes.
 
     Arguments as for [`meet_target`]; `widths` are where to start, each an allowed one.
     """
     to_come(1)
-    while (gap := abs(size(widths) - wanted)) > 0.005 * wanted:
-        moves = [
-            widths | {name: choices[position]}
+    together = 1
+    while (gap := abs(size(widths) - wanted)) > 0.005 * wanted and together <= 2:
+        steps = [
+            (name, choices[position])
             for name, choices in options.items()
             for position in (choices.index(widths[name]) - 1, choices.index(widths[name]) + 1)
             if 0 <= position < len(choices)
         ]
+        moves = [widths | dict(chosen) for chosen in itertools.combinations(steps, together)]
         to_come(len(moves) + 2)
         best = min(moves, key=lambda move: abs(size(move) - wanted), default=widths)
-        if abs(size(best) - wanted) >= gap:
-            break
-        widths = best
+        if abs(size(best) - wanted) < gap:
+            widths, together = best, 1
+        else:
+            together += 1
     return widths
 
 

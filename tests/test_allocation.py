@@ -122,6 +122,12 @@ def test_a_gap_is_closed_by_the_single_step_that_leaves_least_of_it():
     assert found == {"a": 4, "b": 2}
 
 
+def test_two_units_move_at_once_where_no_single_one_comes_nearer():
+    options = {"a": list(range(1, 10)), "b": list(range(1, 10)), "c": [3]}
+    found = nudged(lambda widths: 10 * widths["a"] + 7 * widths["b"], options, {"a": 5, "b": 5, "c": 3}, 88)
+    assert found == {"a": 6, "b": 4, "c": 3}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -45,6 +45,7 @@ FLOORS = {
     "coupling": 0.3,
     "results": 1,
     "export": 1,
+    "plan_fields": 1.5,
     "plan": 2,
     "latency": 2,
     "selection": 2,
