@@ -321,7 +321,6 @@ class MRPFTrainer(ResumableTrainer):
         for name in ("model", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
         self.accelerator.free_memory()
-        self._forget_preparation()
 
     # ---- Training ---------------------------------------------------------------------------------------------------
 
@@ -342,12 +341,9 @@ class MRPFTrainer(ResumableTrainer):
             return torch.optim.Adam, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
         return Trainer.get_optimizer_cls_and_kwargs(args, model)
 
-    def _forget_preparation(self) -> None:
+    def _prepare_for_training(self, *args, **kwargs):
         # An evaluation before training marks the bare model as prepared, and DDP would then silently be left out.
         self.accelerator.unwrap_model(self.model).__dict__.pop("_is_accelerate_prepared", None)
-
-    def _prepare_for_training(self, *args, **kwargs):
-        self._forget_preparation()
         return super()._prepare_for_training(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
