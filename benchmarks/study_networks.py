@@ -81,7 +81,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 def splits(dataset: str) -> tuple[Dataset, Dataset, Dataset]:
     """Training, validation (2,000) and test images."""
-    data = load_image_data(dataset)
+    data = load_image_data(dataset, seed=0)
     cut = len(data.train) - (VALIDATION - len(data.validation))
     validation = concatenate_datasets([data.validation, data.train.select(range(cut, len(data.train)))])
     return data.train.select(range(cut)), validation, data.test

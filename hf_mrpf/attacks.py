@@ -145,6 +145,24 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def in_own_dtype(model: nn.Module) -> Iterator[None]:
+    """
+    Let `model` compute in the dtype of its weights, without the autocast that may be on or that accelerate has put
+    around its forward; afterwards both are as they were, also after an exception.
+    """
+    own, wrapped = vars(model).get("_original_forward"), vars(model).get("forward")
+    device = next(model.parameters(), torch.zeros(())).device
+    if own is not None:
+        vars(model)["forward"] = own
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if own is not None:
+            vars(model)["forward"] = wrapped
+
+
 def frozen(model: nn.Module) -> AbstractContextManager[None]:
     """Stop the gradients of all parameters; afterwards each has its own flag back, also after an exception."""
     return _flagged(model, False)

@@ -267,8 +267,8 @@ def run_settings(*arguments: Any) -> dict[str, Any]:
     }
 
 
-def load_data(arguments: DataArguments, image_size: int | None, seed: int) -> "ImageData":
-    """The images the options name."""
+def load_data(arguments: DataArguments, image_size: int | None) -> "ImageData":
+    """The images the options name, cut the same for every seed of a run."""
     from .data import load_image_data
 
     return load_image_data(
@@ -280,7 +280,6 @@ def load_data(arguments: DataArguments, image_size: int | None, seed: int) -> "I
         image_size=image_size,
         max_train_samples=arguments.max_train_samples,
         max_eval_samples=arguments.max_eval_samples,
-        seed=seed,
         cache_dir=arguments.cache_dir,
         revision=arguments.dataset_revision,
     )

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from .attacks import DTYPES, AttackConfig
 from .importance import IMPORTANCES
 from .latency import TARGET_METRICS
-from .measured_allocation import check_measurable, known_allocations
+from .measured_allocation import MEASURED, check_measurable, known_allocations
 from .objectives import OBJECTIVES
 from .sensitivity import COMBINERS, METHODS
 
@@ -61,7 +61,8 @@ class MRPFConfig(TrainingArguments):
             Whether attacks start at a random point of the ball. TRADES has its own small Gaussian start.
         attack_dtype (`str`, *optional*, defaults to `"float32"`):
             What the model computes in during the training attack and the measurement of sensitivities: `"float32"` or
-            `"bfloat16"`. Training steps follow `bf16`, and evaluation is in float32.
+            `"bfloat16"`. With `bf16` training steps and their attacks are in bfloat16 whatever is said here. Evaluation
+            is in float32, and so is pruning but for these measurements.
         eval_num_steps (`int`, *optional*, defaults to `10`):
             Steps of the PGD attack that `evaluate()` runs to measure `eval_robust_accuracy`.
         target (`float`, *optional*, defaults to `0.5`):
@@ -262,6 +263,11 @@ class MRPFConfig(TrainingArguments):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 other = ", or auto" if name == "round_to" else ""
                 raise ValueError(f"{name}={value} must be a whole number, at least {least}{other}.")
+        if self.allocation in MEASURED and not (self.repair and self.recalibration_samples):
+            raise ValueError(
+                f"allocation {self.allocation!r} searches among copies that are repaired and recalibrated: leave "
+                "repair on and recalibration_samples above 0, or choose another allocation."
+            )
         if self.allocation == "damage" and self.calibration_sets < 2:
             raise ValueError(
                 f"calibration_sets={self.calibration_sets}, and allocation 'damage' measures on some sets and decides "
@@ -294,6 +300,8 @@ class MRPFConfig(TrainingArguments):
             )
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must be at least 0.")
+        if self.norm == "l2" and self.eps == AttackConfig.eps:
+            raise ValueError("eps=8/255, the usual radius in linf, is hardly an attack in l2: give eps, such as 0.5.")
         _ = self.attack
 
     def _check_combinations(self) -> None:

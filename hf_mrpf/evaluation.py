@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attacks import AttackConfig, eval_mode, frozen, logits_of
+from .attacks import AttackConfig, eval_mode, frozen, in_own_dtype, logits_of
 from .fingerprint import weights_sha256
 from .indexed_images import count_images, indexed_batches, pools
 from .journal import Journal
@@ -128,7 +128,7 @@ def evaluate_robustness(
     )  # fmt: skip
     blind, classes = 0, 0
     verdicts: dict[str, list[bool]] = {name: [] for name in ("clean", *names)}
-    with eval_mode(network), frozen(network), Journal(journal, subject, processes) as kept, bar:
+    with in_own_dtype(network), eval_mode(network), frozen(network), Journal(journal, subject, processes) as kept, bar:
         known = Verdicts(kept, processes, batch_size, bar)
 
         def clean(indices: list[int], images: Tensor, labels: Tensor) -> list[str]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction
 
-from .attacks import keyed_start, logits_of, pgd_attack
+from .attacks import in_own_dtype, keyed_start, logits_of, pgd_attack
 from .callbacks import OverfittingWatch
 from .logs import TrainingMeter, open_reporters, plan_figures
 from .plan import PruningPlan
@@ -45,9 +45,10 @@ class MeasuringTrainer(PublishingTrainer):
         images, labels = inputs["pixel_values"], inputs["labels"]
         attacked, attack = self.accelerator.unwrap_model(model), self.args.eval_attack
         start = keyed_start(images, inputs.get("index", range(len(images))), attack, self.args.seed)
-        adversarial = pgd_attack(attacked, images, labels, attack, start=start)
-        with torch.no_grad():
-            logits, adversarial_logits = logits_of(attacked(images)).float(), logits_of(attacked(adversarial)).float()
+        with in_own_dtype(attacked):
+            adversarial = pgd_attack(attacked, images, labels, attack, start=start)
+            with torch.no_grad():
+                logits, adversarial_logits = (logits_of(attacked(x)).float() for x in (images, adversarial))
         loss = nn.functional.cross_entropy(logits, labels)
         return (loss, None, None) if prediction_loss_only else (loss, (logits, adversarial_logits), labels)
 

@@ -97,6 +97,8 @@ def parse_recipe(recipe: str, arguments: Sequence[str] | None = None, **texts: A
         defaults = DIGITS if named else DIGITS | DIGITS_MODEL
         if "base_epochs" in without and not named:
             defaults = defaults | {"num_train_epochs": DIGITS_MODEL["base_epochs"]}
+        # The radius is one of linf.
+        without = (*without, "eps") if known.norm == "l2" else without
         parser.set_defaults(**{name: value for name, value in defaults.items() if name not in without})
         if known.optim == "sgd":
             parser.set_defaults(learning_rate=0.2)

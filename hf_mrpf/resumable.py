@@ -4,6 +4,8 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from torch import nn
+
 from .averaging import AveragingTrainer
 from .checkpoints import best_beside, check_complete, discard, mark_complete, newest_complete, rotate
 from .config import MRPFConfig
@@ -39,9 +41,18 @@ class ResumableTrainer(AveragingTrainer):
             if not is_out_of_memory(error):
                 raise
             raise MemoryError(out_of_memory(self._train_batch_size)) from error
+        self._without_autocast()
         self._check_weights()
         self._check_same("after training")
         return output
+
+    def _without_autocast(self) -> nn.Module:
+        """The bare model, its forward as before accelerate put the autocast of `bf16` around it."""
+        model = self.accelerator.unwrap_model(self.model)
+        # Not by unwrap_model, which takes off decorators of the model's own as well.
+        if (own := vars(model).pop("_original_forward", None)) is not None:
+            vars(model)["forward"] = own
+        return model
 
     def _place(self, wanted: str | Path | bool | None) -> Path | None:
         # The main process looks: the others could see the folder in another state, and go on from another step.

@@ -13,6 +13,7 @@ from .indexed_images import indexed_batches
 from .report import RobustnessReport
 
 NOISE = 0.02  # of an accuracy, between attacks whose order is known
+LEAST_KNOWN = 0.1  # of the way from guessing to no error, where classes are few
 MOST_ZERO_GRADIENTS = 0.05
 MOST_BESIDE_AUTOATTACK = 0.05
 LARGE_EPS = 0.5  # linf: every image can be made grey
@@ -20,7 +21,8 @@ MOST_AT_LARGE_EPS = 0.05
 IMAGES = 64  # that the checks with attacks of their own look at
 # From weak to strong, each with more steps than the one before it.
 BY_STEPS = ("fgsm", "pgd20", "pgd50x5")
-WHITE_BOX = ("fgsm", "pgd20", "pgd50x5", "cw", "apgd_ce", "apgd_t", "fab_t")
+# A single step is no measure for 5,000 queries.
+WHITE_BOX = ("pgd20", "pgd50x5", "cw", "apgd_ce", "apgd_t", "fab_t")
 
 
 def failures_of_report(report: RobustnessReport, classes: int) -> list[str]:
@@ -28,14 +30,16 @@ def failures_of_report(report: RobustnessReport, classes: int) -> list[str]:
     The checks that need nothing but the report of a model with so many classes.
 
     Clean accuracy is above guessing; the share of images without gradient is near 0; more steps raise no accuracy
-    beyond noise; PGD-20 is within 5 points of AutoAttack; the black-box attack is no stronger than every white-box one.
+    beyond noise; PGD-20 is within 5 points of AutoAttack; the black-box attack is no stronger than the best with
+    gradients and several steps.
 
     Returns:
         `list[str]`: one line for each check that fails; a check whose attacks the report lacks is left out.
     """
     found, at = [], report.attacks
-    if report.clean_accuracy < 2 / classes:
-        found.append(f"clean accuracy is near the {1 / classes:.1%} of guessing; is this the right data set?")
+    guessing = 1 / classes
+    if report.clean_accuracy < min(2 * guessing, guessing + LEAST_KNOWN * (1 - guessing)):
+        found.append(f"clean accuracy is near the {guessing:.1%} of guessing; is this the right data set?")
     share = report.zero_gradient_share
     if share is not None and share > MOST_ZERO_GRADIENTS:
         found.append(

@@ -261,17 +261,20 @@ def _targets(
         if id(module.weight) not in seen:
             seen.add(id(module.weight))
             members[name] = Piece(module.weight)
+    found: dict[str, list[str]] = {name: [name] for name in members}
     for name, (module_name, rows) in (slices or {}).items():
         if module_name not in members:
             raise ValueError(
                 f"slice {name!r} is of {module_name!r}, which is not scored; scored: {', '.join(members)}."
             )
         members[name] = Piece(members[module_name].weight, rows)
+        found.setdefault(module_name, []).append(name)
     if not members:
         known = ", ".join(kind.__name__ for kind in SCORED_MODULES)
         raise ValueError(f"{type(model).__name__} has no module to score; a {known} is needed.")
     if groups is None:
-        return {name: [piece] for name, piece in members.items()}
+        # A slice comes after the module that it is of.
+        return {name: [members[name]] for module_name in found for name in found[module_name]}
     for group, names in groups.items():
         unknown = [name for name in names if name not in members]
         if unknown or not names:
@@ -321,7 +324,9 @@ def _scores(
         score = radius * norm(gradient)  # 0 where the loss does not depend on them
         if steps and score:
             with measure.changing_only(pieces):
-                score = ascend(pieces, gradient, radius, steps, measure, loss)
+                # Folded, the network rounds in another way: in half precision by as much as a small score.
+                start, _ = measure() if measure.in_half else (loss, ())
+                score = ascend(pieces, gradient, radius, steps, measure, start)
         yield {
             "name": name,
             "score": score,

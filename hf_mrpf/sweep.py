@@ -101,7 +101,7 @@ def sweep_cells(config: SweepConfig) -> list[Cell]:
                 "an option, and --set may not settle what an axis varies: give it one value by --set grid.AXIS=[...] "
                 "instead."
             )
-        cells = [dense, pruned, *_controls(config, dense, pruned, config.common | config.prune | chosen)]
+        cells = [dense, pruned, *_controls(config, dense, pruned, chosen)]
         found |= {cell.name: found.get(cell.name, cell) for cell in cells}
     return sorted(found.values(), key=lambda cell: RANKS[cell.kind])
 
@@ -112,7 +112,7 @@ def _dense(config: SweepConfig, values: Mapping[str, Any]) -> Cell:
     return Cell("dense", axes, _trained(config.common | config.dense | chosen | config.always))
 
 
-def _controls(config: SweepConfig, dense: Cell, pruned: Cell, options: Options) -> Iterator[Cell]:
+def _controls(config: SweepConfig, dense: Cell, pruned: Cell, chosen: Options) -> Iterator[Cell]:
     where = config.controls.get("from_scratch", False)
     scratch = where is True or (where and all(pruned.axes[axis] in labels for axis, labels in where.items()))
     longer = config.controls.get("dense_longer", False)
@@ -123,9 +123,22 @@ def _controls(config: SweepConfig, dense: Cell, pruned: Cell, options: Options) 
             "controls: with pruning_rounds above 1 the epochs between rounds would have to be told apart; leave out "
             "the controls, or pruning_rounds."
         )
-    same = _less(_trained(options | config.always), OF_THE_MODEL) | {"report_split": "test"}
+
+    def trained_as(options: Options) -> Options:
+        whole = config.common | config.prune | options | config.always
+        return _less(_trained(whole), OF_THE_MODEL) | {"report_split": "test"}
+
+    same = trained_as(chosen)
     if longer:
-        yield Cell("dense-longer", dense.axes, same, dense)
+        # One for each dense model: what only pruned ones are trained by is not in it.
+        control = trained_as(_merged(config.grid[axis][label] for axis, label in dense.axes.items()))
+        lengths = [options.get(name) for name in ("num_train_epochs", "max_steps") for options in (same, control)]
+        if lengths[0] != lengths[1] or lengths[2] != lengths[3]:
+            raise ValueError(
+                f"controls.dense_longer trains the dense model for as long as the pruned ones, and {pruned.axes} has a "
+                "length of its own: set num_train_epochs and max_steps outside of the grid, or leave the control out."
+            )
+        yield Cell("dense-longer", dense.axes, control, dense)
     if scratch:
         trained = _parsed(dense)[-1]
         if trained.max_steps > 0 or int(same.get("max_steps", 0)) > 0:

@@ -50,7 +50,7 @@ def sparsity_figure(rows: Sequence[Row], lines: Sequence[str]) -> "Figure":
                 panel.set_title(_words(title) or _common(pruned), fontsize=10)
             if line == 1 or len(panels) == 1:
                 panel.set_xlabel(f"{_metrics(pruned)} removed (%)")
-    _legend(figure, axes[0][0])
+    _legend(figure)
     return _noted(figure, pruned, "mean ± standard deviation")
 
 
@@ -79,7 +79,7 @@ def dots_figure(rows: Sequence[Row], dots: str) -> "Figure":
             panel.set_yticks(range(len(names)), [str(name) for name in names])
             panel.set_ylim(len(names) - 0.5, -0.5)
             panel.set_xlabel("accuracy (%)" if line == len(panel_rows) - 1 else "")
-    _legend(figure, axes[0][0])
+    _legend(figure)
     return _noted(figure, pruned, "mean ± standard deviation")
 
 
@@ -109,7 +109,7 @@ def layers_figure(rows: Sequence[Row], lines: Sequence[str]) -> "Figure":
         panel.set_xlim(-0.7, len(modules) - 0.3)
         panel.set_xlabel("layer, from the input to the output")
         panel.set_ylabel("robust criticality, MRS (nats, log scale)" if column == 0 else "")
-    _legend(figure, axes[0][0])
+    _legend(figure)
     return _noted(figure, pruned, "geometric mean, bars from the least to the greatest,", accuracy=False)
 
 
@@ -210,9 +210,10 @@ def _panels(
     return figure, axes
 
 
-def _legend(figure: "Figure", panel: "Axes") -> None:
-    handles, labels = panel.get_legend_handles_labels()
-    once = dict(zip(labels, handles, strict=True))  # the dots of one series are drawn one by one
+def _legend(figure: "Figure") -> None:
+    """What is in any panel, once: the dots of one series are drawn one by one."""
+    found = [panel.get_legend_handles_labels() for panel in figure.axes]
+    once = {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
     widest = 0.6 + 0.075 * max(map(len, once))  # inches, for the mark and for letters of 9 points
     columns = max(1, min(len(once), int(figure.get_figwidth() / widest)))
     figure.legend(once.values(), once.keys(), loc="outside upper center", ncols=columns, fontsize=9, frameon=False)

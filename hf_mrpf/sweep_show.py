@@ -35,6 +35,8 @@ def check_show(config: SweepConfig) -> None:
         form = "a mapping from axes to one value each" if kind == "table" else "an axis, or a list of axes"
         raise ValueError(f"show.{argument} is {value!r}; {form} of the grid is needed: {', '.join(config.grid)}.")
     for axis in _axes(value):
+        if kind == "table" and axis == "data":
+            raise ValueError("show.against: accuracies on other data cannot be subtracted; choose another axis.")
         if axis not in config.grid:
             raise ValueError(f"show.{argument}: {axis!r} is no axis of the grid, which has {', '.join(config.grid)}.")
         if kind == "table" and (label := show[argument][axis]) not in config.grid[axis]:

@@ -124,7 +124,7 @@ def summary_table(rows: Sequence[Row], *, against: Mapping[str, Any] | None = No
         if longer:
             lines.append(_line(label, [TITLES["dense-longer"]], own, longer, attacks))
         for values, group in grouped(cells, own).items():
-            others = _reference(group, cells, longer, against)
+            others = _reference(group, pruned, longer, against)
             lines.append(_line(label, values or ["pruned, fine-tuned"], own, group, attacks, others))
             if values in scratch:
                 name = f"{' '.join(map(str, values))}: {TITLES['from-scratch']}".lstrip(" :")
@@ -145,11 +145,11 @@ def how_measured(rows: Sequence[Row]) -> str:
     )
 
 
-def _reference(group: list[Row], cells: list[Row], longer: list[Row], against: Mapping[str, Any] | None) -> list[Row]:
+def _reference(group: list[Row], pruned: list[Row], longer: list[Row], against: Mapping[str, Any] | None) -> list[Row]:
     if not against:
         return longer
     wanted = {axis: label for axis, label in group[0]["axes"].items() if axis != "seed"} | dict(against)
-    return [row for row in cells if all(row["axes"].get(axis) == label for axis, label in wanted.items())]
+    return [row for row in pruned if all(row["axes"].get(axis) == label for axis, label in wanted.items())]
 
 
 def _line(

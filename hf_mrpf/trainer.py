@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
 
 from .allocation import reads
-from .attacks import eval_mode, logits_of
+from .attacks import eval_mode, in_own_dtype, logits_of
 from .augmentation import augment, mirror_keeps_class
 from .batchnorm import average_statistics, recalibrate_batchnorm
 from .callbacks import SeedEachRank
@@ -206,7 +206,8 @@ class MRPFTrainer(ResumableTrainer):
         )
         calibration = [(images.to(args.device), labels.to(args.device)) for images, labels in calibration]
         if plan is None:
-            plan = self._plan(model, calibration)
+            with in_own_dtype(model):
+                plan = self._plan(model, calibration)
         replaced = self._fire("on_plan_end", plan=plan)
         if not isinstance(replaced, PruningPlan | None):
             raise ValueError(
@@ -217,7 +218,8 @@ class MRPFTrainer(ResumableTrainer):
             plan = replaced if replaced.kept == plan.kept else dataclasses.replace(replaced, latency=None)
         plan = PruningPlan.from_dict(broadcast_object_list([plan.to_dict()])[0])
 
-        dense = copy.deepcopy(model) if args.repair else None
+        with in_own_dtype(model):
+            dense = copy.deepcopy(model) if args.repair else None
         self._report("before")
         before = _size(model, plan)
         prune(model, plan)
@@ -225,16 +227,18 @@ class MRPFTrainer(ResumableTrainer):
         self._report("removed")
         if dense is not None:
             distributed = args.world_size > 1
-            self.repair_report = repair(
-                model, dense, plan, calibration, args.attack, seed=args.seed, distributed=distributed
-            )
+            with in_own_dtype(model):
+                self.repair_report = repair(
+                    model, dense, plan, calibration, args.attack, seed=args.seed, distributed=distributed
+                )
             self._report("repaired")
         if args.recalibration_samples:
             size = min(args.recalibration_samples, len(self.train_dataset))
             batch = min(args.per_device_train_batch_size, size)
             # Whole batches only: each counts the same in the statistics.
             subset = stratified_subset(self.train_dataset, size - size % batch, seed=args.seed)
-            recalibrate_batchnorm(model, [(images.to(args.device), y) for images, y in batches(subset, batch)])
+            with in_own_dtype(model):
+                recalibrate_batchnorm(model, [(images.to(args.device), y) for images, y in batches(subset, batch)])
             self._report("recalibrated")
         if args.world_size > 1:
             for tensor in model.state_dict().values():
@@ -343,7 +347,7 @@ class MRPFTrainer(ResumableTrainer):
 
     def _prepare_for_training(self, *args, **kwargs):
         # An evaluation before training marks the bare model as prepared, and DDP would then silently be left out.
-        self.accelerator.unwrap_model(self.model).__dict__.pop("_is_accelerate_prepared", None)
+        self._without_autocast().__dict__.pop("_is_accelerate_prepared", None)
         return super()._prepare_for_training(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -412,7 +416,8 @@ def _check_classes(model: nn.Module, dataset: Dataset) -> None:
 def _size(model: nn.Module, plan: PruningPlan) -> dict[str, int]:
     weight = next(model.parameters())
     example = torch.zeros(plan.example_shape, device=weight.device, dtype=weight.dtype)
-    return {"macs": count_macs(model, example), "params": count_parameters(model)}
+    with in_own_dtype(model):
+        return {"macs": count_macs(model, example), "params": count_parameters(model)}
 
 
 def _with_measured_size(plan: PruningPlan, before: dict[str, int], after: dict[str, int]) -> PruningPlan:

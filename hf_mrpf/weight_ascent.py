@@ -46,6 +46,12 @@ class RobustLoss:
         # channels writes outside its memory (uxlfoundation/oneDNN issue 6035); that of images does not.
         self.prefixes = [Prefix(self.model, images) for _, images, _ in self.parts]
 
+    @property
+    def in_half(self) -> bool:
+        """Whether passes round coarsely: by the dtype of the attack, or by an autocast that is on."""
+        device = next(self.model.parameters()).device
+        return self.attack.dtype != "float32" or torch.is_autocast_enabled(device.type)
+
     @contextmanager
     def changing_only(self, pieces: Sequence[Piece]) -> Iterator[None]:
         """Meanwhile only these weights change: what the network computes before it reads them is kept."""

@@ -11,7 +11,8 @@ queries, no gradients), and autoattack, the standard set: apgd_ce, apgd_t, fab_t
 before. By default clean, fgsm, pgd20 and cw. A few checks of the figures are made on 64 images; those that fail are
 printed.
 
-Without `--eps` it is the eps that the model's own `robustness_report.json` was measured at, 8/255 where it has none.
+Without `--eps` it is the eps that the model's own `robustness_report.json` was measured at, 8/255 in linf where it has
+none; in another norm than the model's own `--eps` has to be given.
 """
 
 import argparse
@@ -50,7 +51,7 @@ def parse_arguments() -> tuple[DataArguments, argparse.Namespace]:
     parser.add_argument("--batch_size", type=int, default=128, help="images in a batch")
     parser.add_argument("--device", help="cpu, cuda, mps; that of the launcher if not given, a GPU where there is one")
     parser.add_argument("--expected_world_size", type=int, help="stop where there are other than so many processes")
-    parser.add_argument("--seed", type=int, default=42, help="seed of the random starts and of the subset")
+    parser.add_argument("--seed", type=int, default=42, help="seed of the random starts, and of the --num_samples")
     parser.add_argument("--output", help="file to write the report to, as JSON")
     data_args, arguments = parser.parse_args_into_dataclasses()
     return data_args, arguments
@@ -69,7 +70,7 @@ def main() -> None:
     model = PrunedForImageClassification.from_pretrained(arguments.model, revision=arguments.revision)
     attack = own_attack(arguments)
     with state.local_main_process_first():  # decodes the images, which the others find in the cache
-        data = load_data(data_args, model.config.image_size, arguments.seed)
+        data = load_data(data_args, model.config.image_size)
     check_classes(model, data, arguments)
     report = evaluate_robustness(
         model.to(device),
@@ -129,7 +130,14 @@ def own_attack(arguments: argparse.Namespace) -> AttackConfig:
     norm = arguments.norm or own.get("norm", "linf")
     if arguments.eps is not None:
         return AttackConfig(norm, arguments.eps)
-    return AttackConfig(norm, own["eps"]) if own.get("norm") == norm and "eps" in own else AttackConfig(norm)
+    if own.get("norm") == norm and "eps" in own:
+        return AttackConfig(norm, own["eps"])
+    if own.get("norm", norm) != norm or norm == "l2":
+        raise ValueError(
+            f"--norm {norm}: {arguments.model} was not measured in this norm; give --eps, such as "
+            f"{'0.5 at 32 pixels' if norm == 'l2' else '8/255'}."
+        )
+    return AttackConfig(norm)
 
 
 def check_classes(model: PrunedForImageClassification, data: ImageData, arguments: argparse.Namespace) -> None:

@@ -103,7 +103,7 @@ def main() -> None:
         raise ImportError("The picture of the pruning plan needs matplotlib: pip install hf-mrpf[plots].")
     start = own_config(model_args.model_name_or_path, model_args.model_revision)
     with args.main_process_first(desc="decoding of images"):  # the others find them in the cache
-        data = load_data(data_args, model_args.image_size or (start and start.image_size), args.seed)
+        data = load_data(data_args, model_args.image_size or (start and start.image_size))
     settle_augmentation(data, args)
     torch.manual_seed(args.seed)
     model = build_model(model_args, data).to(args.device)

@@ -79,7 +79,7 @@ def main() -> None:
             print(f"{number} {cell.name}: {'to do' if cell in to_do else 'finished'}\n    {shown(command_of(cell))}")
         print(f"{len(cells)} cells, {len(to_do)} to do")
     elif arguments.slurm:
-        write_script(Path(arguments.slurm), cells)
+        write_script(Path(arguments.slurm), cells, arguments)
     elif arguments.show_only:
         show(config, cells)
     else:
@@ -111,14 +111,12 @@ def show(config: SweepConfig, cells: list[Cell]) -> None:
     print(f"{len(rows)} of {len(cells)} cells in {', '.join(map(str, files))}", flush=True)
 
 
-def write_script(file: Path, cells: list[Cell]) -> None:
-    """Writes the script for Slurm, whose jobs call this recipe as it was called here."""
-    words, rest = [], iter(sys.argv)
-    for word in rest:
-        if word == "--slurm":
-            next(rest)
-        elif not word.startswith("--slurm="):
-            words.append(word)
+def write_script(file: Path, cells: list[Cell], arguments: argparse.Namespace) -> None:
+    """Writes the script for Slurm, whose jobs call this recipe with the same file and the same changes."""
+    words = [sys.argv[0], arguments.config]  # first: --set would take it for a change
+    words += ["--small"] if arguments.small else []
+    words += ["--set", *arguments.set] if arguments.set else []
+    words += [f"--accelerate={arguments.accelerate}"] if arguments.accelerate else []
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(slurm_script(cells, ["python", *words]), encoding="utf-8")
     print(f"{len(cells)} cells in {file}; submit them from this folder: bash {file} [options of sbatch]")

@@ -94,11 +94,11 @@ def main() -> None:
     check_repository_id(args)
     start = own_config(model_args.model_name_or_path, model_args.model_revision)
     with args.main_process_first(desc="decoding of images"):  # the others find them in the cache
-        data = load_data(data_args, model_args.image_size or (start and start.image_size), args.seed)
+        data = load_data(data_args, model_args.image_size or (start and start.image_size))
     settle_augmentation(data, args)
     torch.manual_seed(args.seed)
     model = build_model(model_args, data).to(args.device)
-    epochs = args.num_train_epochs
+    epochs = args.num_train_epochs or float(args.max_steps > 0)  # steps, where they are given, are what counts
     if control_args.fresh_weights:
         if start is None:
             raise ValueError(

@@ -212,7 +212,7 @@ def main() -> None:
     torch.set_num_threads(1)  # threads that had run would not be there in a forked process
     cheapen()
     runpy.run_path(str(RECIPE), run_name="recipe")
-    hf_mrpf.cli.load_data(hf_mrpf.cli.DataArguments(**SUBSET), None, 42)
+    hf_mrpf.cli.load_data(hf_mrpf.cli.DataArguments(**SUBSET), None)
     gc.collect()
     gc.freeze()  # the collections of every child would look at all of it again
     print("ready", file=answers)

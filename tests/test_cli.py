@@ -33,7 +33,7 @@ def parser():
 
 @pytest.fixture(scope="module")
 def data():
-    return load_data(DataArguments(max_train_samples=40, max_eval_samples=20), None, 0)
+    return load_data(DataArguments(max_train_samples=40, max_eval_samples=20), None)
 
 
 def test_help_shows_every_option_once_in_its_group(parser):

@@ -501,6 +501,7 @@ def test_evaluate_refuses_in_one_message(client, hub, saved, published):
         (["alice/unreachable"], "alice/unreachable could not be fetched: the connection to the Hub ended"),
         (["alice/no-such"], "alice/no-such"),
         ([published, "--dataset_name", "digits"], "has the 3 classes a, b, c, ..., and digits the 10 classes"),
+        ([published, "--norm", "l2"], "was not measured in this norm; give --eps, such as 0.5 at 32 pixels"),
         ([published, "--output", "/no/such/file.json"], "there is no such folder"),
     ):
         assert client.recipe("evaluate", *arguments) == 2

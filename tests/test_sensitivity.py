@@ -144,6 +144,9 @@ def test_bfloat16_gives_the_same_scores_to_its_own_precision(net, method):
     assert dict(found) != dict(single), "float32 was computed in"
     assert dict(found) == pytest.approx(dict(single), rel=0.05, abs=1e-3)
     assert {parameter.dtype for parameter in net.parameters()} == {torch.float32}
+    # What a weight that is not changed scores is no difference between two forms of the network.
+    still = module_robustness_sensitivity(net, adversarial, half, method=method, gamma=1e-6)
+    assert max(still.values()) < 1e-5
     # Autocast keeps the casts of weights, which are other ones after a step.
     with torch.autocast("cpu", torch.bfloat16):
         around = module_robustness_sensitivity(net, adversarial, AttackConfig(eps=0), method=method)
@@ -342,7 +345,7 @@ def test_slices_are_scored_as_rows_of_a_weight():
     before = fused.qkv.weight.detach().clone()
     ours = module_robustness_sensitivity(fused, [(images, labels)], ATTACK, slices=slices)
     split = module_robustness_sensitivity(Split(fused), [(images, labels)], ATTACK)
-    assert list(ours) == ["qkv", "head", "qkv:q", "qkv:k", "qkv:v"]
+    assert list(ours) == ["qkv", "qkv:q", "qkv:k", "qkv:v", "head"]
     for part in "qkv":
         assert ours[f"qkv:{part}"] == pytest.approx(split[part], rel=1e-3)
     assert torch.equal(fused.qkv.weight, before)

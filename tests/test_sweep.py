@@ -145,6 +145,7 @@ def test_what_a_recipe_refuses_is_refused_before_any_cell(config, override, mess
         (["importance=lamp"], "same run.*--set grid.AXIS"),
         (["prune.pruning_rounds=2"], "leave out the controls, or pruning_rounds"),
         (["max_steps=5"], "give num_train_epochs instead of max_steps"),
+        (["grid.method={long: {num_train_epochs: 9}, short: {}}"], "has a length of its own: set num_train_epochs"),
     ],
 )
 def test_a_grid_that_cannot_be_is_refused(config, overrides, message):
@@ -160,6 +161,7 @@ def test_a_grid_that_cannot_be_is_refused(config, overrides, message):
         ("{kind: lines}", "an axis, or a list of axes"),
         ("{kind: dots, dots: data}", "'data' is no axis of the grid"),
         ("{kind: table, against: {importance: lamp}}", "'lamp' is not in the grid"),
+        ("{kind: table, against: {data: digits}}", "accuracies on other data cannot be subtracted"),
         ("{kind: table, against: importance}", "a mapping from axes to one value"),
     ],
 )
@@ -177,6 +179,15 @@ def test_the_sweeps_of_the_paper_are_what_the_recipes_take(file, small):
     cells = sweep_cells(config)
     # Another seed is refused for the same reasons.
     check_cells([cell for cell in cells if cell.axes.get("seed") == 0])
+
+
+def test_the_longer_dense_model_is_one_whatever_pruned_ones_are_trained_by(config):
+    cells = sweep_cells(config(GRID, "grid.method={a: {learning_rate: 0.1}, b: {learning_rate: 0.05}}"))
+    longer = [cell for cell in cells if cell.kind == "dense-longer"]
+    assert len(longer) == len([cell for cell in cells if cell.kind == "dense"]) == 2
+    assert all("learning_rate" not in cell.options for cell in longer)
+    rates = {cell.options["learning_rate"] for cell in cells if cell.kind == "from-scratch"}
+    assert rates == {0.1, 0.05}
 
 
 def test_the_script_for_slurm_submits_every_cell_once_after_what_it_starts_from(config, tmp_path):

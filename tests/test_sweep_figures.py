@@ -186,6 +186,24 @@ def test_a_table_compares_with_the_line_that_else_agrees(made):
     assert changes[("magnitude", "0.5")] == "" and changes[("dense", "")] == ""
 
 
+def test_a_table_compares_objectives_which_have_dense_models_of_their_own(made):
+    _, rows = made("controls={}", "grid.objective=[trades, pgd]", "grid.target=[0.5]")
+    for row in rows:
+        if row["axes"]["objective"] == "pgd" and row["kind"] == "pruned":
+            row["results"]["models"]["fine-tuned"]["pgd20"] += 0.01 * (1 + row["axes"]["seed"])
+    heading, lines = table_of(summary_table(rows, against={"objective": "trades"}))
+    assert heading[-2] == "PGD-20 minus trades"
+    changes = {tuple(line[:2]): line[-2] for line in lines}
+    assert changes[("pgd", "magnitude")] == "+1.5 ± 0.7" and changes[("trades", "magnitude")] == ""
+
+
+def test_every_series_of_any_panel_is_in_the_legend(made):
+    _, rows = made("grid.objective=[trades, pgd]")
+    some = [row for row in rows if row["axes"].get("importance") != "random" or row["axes"]["objective"] == "pgd"]
+    (legend,) = sparsity_figure(some, ["importance"]).legends
+    assert {"magnitude", "random"} <= {text.get_text() for text in legend.get_texts()}
+
+
 def test_differences_are_of_the_same_images(made):
     _, rows = made()
     pruned = [row for row in rows if row["kind"] == "pruned" and row["axes"]["target"] == 0.5]

@@ -241,6 +241,10 @@ def test_the_recipe_lists_writes_for_slurm_and_draws_what_is_there(cells, launch
         (tmp_path / "jobs/submit.sh").read_text().replace("'\"'\"'", "'")
     )
 
+    before = ("--set", "grid.seed=[0]", f"output_dir={tmp_path}", "--slurm", "jobs/other.sh", "grid.yaml")
+    assert recipe(monkeypatch, capsys, *before)[0] == 0
+    assert "sweep.py grid.yaml --set " in (tmp_path / "jobs/other.sh").read_text()  # which would take what follows it
+
     for options, message in (
         (("--cell", "99"), f"the sweep has cells 0 to {len(cells) - 1}"),
         (("--set", "importance=lamp"), "same run"),

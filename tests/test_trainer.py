@@ -16,6 +16,7 @@ from hf_mrpf import (
     MRPFTrainer,
     ObjectiveOutput,
     PrunedForImageClassification,
+    evaluate_robustness,
     load_image_data,
     pgd_attack,
     plan_pruning,
@@ -386,6 +387,9 @@ def test_an_evaluation_before_training_does_not_mark_the_model_as_prepared(tmp_p
         ({"min_channels": 0}, r"min_channels=0 must be a whole number, at least 1"),
         ({"calibration_sets": True}, r"calibration_sets=True must be a whole number"),
         ({"allocation": "damage", "calibration_sets": 1}, r"decides on another: give at least 2"),
+        ({"allocation": "damage", "repair": False}, r"leave repair on and recalibration_samples above 0"),
+        ({"allocation": "netadapt", "recalibration_samples": 0}, r"leave repair on and recalibration_samples above 0"),
+        ({"norm": "l2", "eps": 8 / 255}, r"hardly an attack in l2: give eps, such as 0.5"),
         ({"gamma": float("inf")}, r"gamma=inf must be in \[0, 1\]"),
         ({"gamma": 5.0}, r"gamma=5.0 must be in \[0, 1\]"),
         ({"beta": -1.0}, r"beta=-1.0 must be a finite number, at least 0"),
@@ -408,6 +412,35 @@ def test_config_defaults_follow_the_optimizer_and_survive_a_copy(tmp_path):
     assert dataclasses.replace(adam, num_train_epochs=2).optim == "adam"
     assert MRPFConfig(output_dir=str(tmp_path), use_cpu=True).attack == AttackConfig()
     assert sgd.eval_attack == AttackConfig(eps=0.1, num_steps=2)
+
+
+def test_bf16_trains_in_it_and_measures_and_prunes_in_float32(tmp_path, data, model):
+    seen = set()
+    model.backbone.fc.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+
+    def dtypes(run):
+        seen.clear()
+        result = run()
+        return result, set(seen)
+
+    args = quick(tmp_path, bf16=True, max_steps=1)
+    trainer = MRPFTrainer(model, args, data.train, data.validation)
+    trainer.evaluate()  # accelerate has put its autocast around the forward
+    assert torch.bfloat16 not in dtypes(trainer.prune)[1]
+    for _ in range(2):
+        assert dtypes(trainer.evaluate)[1] == {torch.float32}
+        assert torch.bfloat16 in dtypes(trainer.train)[1]
+        plan, pruned_in = dtypes(trainer.prune)
+        assert torch.bfloat16 not in pruned_in and plan.sensitivity["settings"]["attack"]["dtype"] == "float32"
+    report, measured_in = dtypes(lambda: evaluate_robustness(trainer.model, data.validation, ("pgd20",)))
+    assert (measured_in, report.dtype) == ({torch.float32}, "float32")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert dtypes(lambda: evaluate_robustness(trainer.model, data.validation, ("pgd20",)))[1] == {torch.float32}
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = PrunedForImageClassification.from_pretrained(tmp_path / "saved")
+    images = next(batches(data.validation, 8))[0]
+    with torch.no_grad():
+        assert torch.equal(saved.eval()(images).logits, trainer.model.eval()(images).logits)
 
 
 def test_the_dtype_of_the_training_attack_is_a_setting_and_slow_where_it_has_no_instructions(tmp_path, caplog):
