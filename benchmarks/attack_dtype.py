@@ -32,7 +32,9 @@ def robust_accuracy(data: Any, dtype: str, seed: int, args: argparse.Namespace) 
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         config = MRPFConfig(
-            folder, attack_dtype=dtype, eps=args.eps, num_train_epochs=args.epochs, num_steps=args.num_steps, seed=seed,
+            folder, attack_dtype=dtype, eps=args.eps, learning_rate=args.learning_rate,
+            per_device_train_batch_size=args.batch_size, num_train_epochs=args.epochs,
+            num_steps=args.num_steps, seed=seed,
             save_strategy="no", report_to="none", use_cpu=args.device == "cpu", log_level="error", disable_tqdm=True,
         )  # fmt: skip
         MRPFTrainer(model, config, data.train).train()
@@ -47,7 +49,9 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--learning_rate", type=float, default=0.2)
+    parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--num_steps", type=int, default=10)
     parser.add_argument("--eps", type=float, default=0.2, help="In pixels from 0 to 1; 8/255 is 0.0314.")
     parser.add_argument("--train_images", type=int, default=1000)
@@ -66,7 +70,7 @@ def main() -> None:
         by_seed = [b - a for a, b in zip(single, half, strict=True)]
         error = stdev(by_seed) / len(by_seed) ** 0.5 if len(by_seed) > 1 else None
         differences[figure] = {"bfloat16_minus_float32": fmean(by_seed), "standard_error": error}
-    more = {"differences": differences, "test_images": len(data.test)}
+    more = {"differences": differences, "test_images": len(data.test), "train_images": len(data.train)}
     report("attack_dtype", torch.device(args.device), args.threads, rows, **more)
     print(table(["seed", "attack dtype", "clean", "pgd20"], [list(row.values()) for row in rows]))
     print(differences)
