@@ -4,10 +4,10 @@ Robust accuracy after training against attacks in bfloat16 and in float32, seed 
     python benchmarks/attack_dtype.py                            # on the digits that scikit-learn ships
     python benchmarks/attack_dtype.py --dataset FOLDER_OR_ID     # such as CIFAR-10
 
-A narrow ResNet is trained by TRADES from the same weights, in the same order of images, with the training attack in
-either dtype. Both are then attacked by PGD-20 in float32, on the same test images with the same random starts. The
-difference is shown with its standard error over seeds. Writes benchmarks/results/attack_dtype.json; no time is
-measured.
+The narrow ResNet of the recipes is trained by TRADES from the same weights, in the same order of images, with the
+training attack in either dtype. Both are then attacked by PGD-20 in float32, on the same test images with the same random
+starts. The difference is shown with its standard error over seeds. Writes benchmarks/results/attack_dtype.json; no time
+is measured.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from side_by_side import report, table
 
 from hf_mrpf import MRPFConfig, MRPFTrainer, PrunedForImageClassification, evaluate_robustness, load_image_data
 from hf_mrpf.attacks import DTYPES
+from hf_mrpf.recipe_options import NARROW_RESNET
 
 
 def robust_accuracy(data: Any, dtype: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
@@ -27,9 +28,8 @@ def robust_accuracy(data: Any, dtype: str, seed: int, args: argparse.Namespace) 
     torch.manual_seed(seed)
     size = data.train[0]["pixel_values"].shape[-1]
     model = PrunedForImageClassification.from_backbone(
-        "timm/resnet18", num_labels=len(data.class_names), image_size=size, small_images=True,
-        layers=(1, 1, 1, 1), channels=(16, 32, 64, 64),
-    )  # fmt: skip
+        "timm/resnet18", num_labels=len(data.class_names), image_size=size, small_images=True, **NARROW_RESNET
+    )
     with tempfile.TemporaryDirectory() as folder:
         config = MRPFConfig(
             folder, attack_dtype=dtype, eps=args.eps, learning_rate=args.learning_rate,
