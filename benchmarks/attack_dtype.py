@@ -5,9 +5,9 @@ Robust accuracy after training against attacks in bfloat16 and in float32, seed 
     python benchmarks/attack_dtype.py --dataset FOLDER_OR_ID     # such as CIFAR-10
 
 The narrow ResNet of the recipes is trained by TRADES from the same weights, in the same order of images, with the
-training attack in either dtype. Both are then attacked by PGD-20 in float32, on the same test images with the same random
-starts. The difference is shown with its standard error over seeds. Writes benchmarks/results/attack_dtype.json; no time
-is measured.
+training attack in either dtype. Both are then attacked by PGD-20 in float32, on the same test images with the same
+random starts. The difference is shown with its standard error over seeds. Writes benchmarks/results/attack_dtype.json;
+no time is measured.
 """
 
 import argparse
