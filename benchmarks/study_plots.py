@@ -17,6 +17,7 @@ from study_tables import (
     of,
     over_images,
     recovery_rows,
+    rule_rows,
     select,
 )
 
@@ -62,7 +63,7 @@ def headroom(rows: list[Row], places: list[Place]) -> Figure | None:
 
 def rules(rows: list[Row], places: list[Place]) -> Figure | None:
     """Each rule minus `uniform`, with two standard errors over images, a panel for each place."""
-    chosen = [place for place in places if select(of(rows, place), phase="rules")]
+    chosen = [place for place in places if any(line[1] is not None for line in rule_rows(rows, place))]
     if not chosen:
         return None
     figure, axes = empty(len(chosen), width=1.2 + 4.2 * len(chosen), height=4.2)

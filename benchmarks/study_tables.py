@@ -117,7 +117,8 @@ def rule_rows(rows: list[Row], place: Place) -> list[list[Any]]:
             uniform = select(mine, allocation="uniform", steps=steps)
             gained = differences(own, uniform)
             line += [fmean(gained), over_images(own, uniform)] if gained else [None, None]
-        lines.append([*line, fmean(row["planning_seconds"] for row in select(mine, allocation=name))])
+        if any(value is not None for value in line[1:]):
+            lines.append([*line, fmean(row["planning_seconds"] for row in select(mine, allocation=name))])
     return sorted(lines, key=lambda line: -(line[1] or 0))
 
 
