@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-import hf_mrpf.trainer
+import hf_mrpf.resumable
 from hf_mrpf import MRPFConfig, MRPFTrainer, load_image_data
 from hf_mrpf.checkpoints import MARKER, check_complete, discard, fault, mark_complete, newest_complete, rotate
 
@@ -181,7 +181,7 @@ def test_an_older_checkpoint_is_there_until_the_newer_one_is_marked(data, tmp_pa
         assert "no complete.json" in fault(checkpoint)
         mark_complete(checkpoint, **kwargs)
 
-    monkeypatch.setattr(hf_mrpf.trainer, "mark_complete", mark)
+    monkeypatch.setattr(hf_mrpf.resumable, "mark_complete", mark)
     trainer(data, tmp_path, save_total_limit=1).train()
     assert seen == [[], ["checkpoint-1"], ["checkpoint-2"]]
     assert names(tmp_path) == ["checkpoint-3"]
