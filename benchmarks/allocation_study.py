@@ -228,11 +228,12 @@ def known_rows() -> list[Cell]:
     return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.is_file() else []
 
 
-def missing(rows: list[Cell], networks: list[str], phases: list[str]) -> Cell | None:
-    """The next cell that is not among the rows."""
+def missing(rows: list[Cell], networks: list[str], phases: list[str], allocations: list[str]) -> Cell | None:
+    """The next cell that is not among the rows, of those allocations where some are named."""
     done = {tuple(sorted((key, str(row[key])) for key in cell("", "", "", 0, "", 0, 0))) for row in rows}
     for one in all_cells(rows, networks, phases):
-        if tuple(sorted((key, str(value)) for key, value in one.items())) not in done:
+        wanted = not allocations or one["allocation"] in allocations
+        if wanted and tuple(sorted((key, str(value)) for key, value in one.items())) not in done:
             return one
     return None
 
@@ -245,6 +246,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30, help="No cell begins after this time.")
     parser.add_argument("--networks", nargs="+", default=["narrow_vgg"], help="Made by study_networks.py.")
     parser.add_argument("--phases", nargs="+", choices=phases, default=phases)
+    parser.add_argument("--allocations", nargs="+", default=[], help="Only these first; all if not given.")
     parser.add_argument("--tables", action="store_true", help="Only print and draw what is known.")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -252,7 +254,7 @@ def main() -> None:
     if not args.tables:
         train, validation, test = splits(args.dataset)
         images = {"validation": validation, "test": test}
-        while time.monotonic() < end and (one := missing(known_rows(), args.networks, args.phases)):
+        while time.monotonic() < end and (one := missing(known_rows(), args.networks, args.phases, args.allocations)):
             row = run(one, train, images[one["split"]]) | {"dataset": Path(args.dataset).name}
             with ROWS.open("a") as file:
                 file.write(json.dumps(row) + "\n")

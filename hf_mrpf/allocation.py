@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from .controls import anti_mrs, shuffled_mrs
 from .isomorphic import isomorphic
-from .rules import global_importance, mrs, uniform
+from .rules import global_importance, mrs, mrs_per_cost, uniform
 
 Allocation = Callable[..., dict[str, float]]
 Widths = dict[str, int]
@@ -143,6 +143,7 @@ ALLOCATIONS: dict[str, Allocation] = {
     "mrs": mrs,
     "uniform": uniform,
     "global": global_importance,
+    "mrs_per_cost": mrs_per_cost,
     "isomorphic": isomorphic,
     "anti_mrs": anti_mrs,
     "shuffled_mrs": shuffled_mrs,
@@ -150,6 +151,7 @@ ALLOCATIONS: dict[str, Allocation] = {
 # One that is not named reads nothing, as `uniform`.
 READS: dict[str, tuple[str, ...]] = {
     "mrs": ("sensitivities",),
+    "mrs_per_cost": ("sensitivities",),
     "anti_mrs": ("sensitivities",),
     "shuffled_mrs": ("sensitivities", "seed"),
     "global": ("importances",),

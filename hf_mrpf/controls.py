@@ -15,7 +15,7 @@ def anti_mrs(
     max_ratio: float = 0.85,
 ) -> dict[str, float]:
     """
-    Remove most from the units that robustness hangs on: the control that must be bad.
+    Remove most from the units that robustness hangs on: the control that is bad where scores tell what to keep.
 
     [`mrs`] after the order of the scores is reversed: the unit with the highest score gets the lowest, the second
     highest the second lowest, and so on, so that the ratios spread just as far. Units with equal scores are ordered as

@@ -77,10 +77,10 @@ def plan_pruning(
             median over interleaved rounds of its fraction of the model's own, met within 10 %. The multiply-accumulates
             that this takes are searched for.
         allocation (`str`, *optional*, defaults to `"mrs"`):
-            How much each unit gives: a key of `ALLOCATIONS`, or of `MEASURED`. `"mrs"` and its controls `"anti_mrs"`
-            and `"shuffled_mrs"` read sensitivities, `"global"` and `"isomorphic"` importances. The measured ones, such
-            as `"netadapt"`, need `batches` and `attack` for the losses of pruned copies, and go with neither a target
-            of latency nor `round_to="auto"`; on several processes the first one measures.
+            How much each unit gives: a key of `ALLOCATIONS`, or of `MEASURED`. `"mrs"`, `"mrs_per_cost"` and the
+            controls `"anti_mrs"` and `"shuffled_mrs"` read sensitivities, `"global"` and `"isomorphic"` importances.
+            The measured ones, such as `"netadapt"`, need `batches` and `attack` for the losses of pruned copies, and
+            go with neither a target of latency nor `round_to="auto"`; on several processes the first one measures.
         scores (`Mapping[str, float]`, *optional*):
             Sensitivities in nats of every member by module name (combined per unit), or of every unit by unit name
             (taken as they are). Where the allocation reads them and they are not given, they are measured on `batches`

@@ -59,6 +59,29 @@ def mrs(
     return meet_cost(ratios, 0.0, 2 * max_ratio, costs, target)
 
 
+def mrs_per_cost(
+    scores: Mapping[str, float],
+    widths: Mapping[str, int],
+    costs: Mapping[str, float],
+    target: float,
+    *,
+    max_ratio: float = 0.85,
+) -> dict[str, float]:
+    """
+    Remove less from the units that robustness hangs on for what they cost: [`mrs`] of each score over its unit's cost.
+
+    Costs are those of the target's metric, MACs where that is latency. A unit that costs nothing counts as the cheapest
+    of those that do. Arguments, result and errors are those of [`mrs`], but it is the score over the cost that orders
+    the ratios.
+    """
+    check_problem(widths, costs, target, max_ratio)
+    check_scores(scores, widths)
+    cheapest = min(cost for cost in costs.values() if cost > 0)
+    prices = {unit: max(cost, cheapest) for unit, cost in costs.items()}
+    worth = {unit: score / prices[unit] for unit, score in scores.items()}
+    return mrs(worth, widths, costs, target, max_ratio=max_ratio)
+
+
 def uniform(
     scores: Mapping[str, float] | None,
     widths: Mapping[str, int],

@@ -66,6 +66,15 @@ def test_mrs_shares_follow_log_scores():
     assert ratios == pytest.approx({"low": 0.45, "middle": 0.3, "high": 0.15})
 
 
+def test_mrs_per_cost_orders_units_by_what_a_score_costs():
+    scores, widths = {"a": 1.0, "b": 0.5, "c": 0.1, "free": 1e-3}, {"a": 10, "b": 10, "c": 10, "free": 10}
+    costs = {"a": 1000.0, "b": 5.0, "c": 10.0, "free": 0.0}  # per cost 0.001, 0.1, 0.01 and, at the price of b, 0.0002
+    worth = {"a": 0.001, "b": 0.1, "c": 0.01, "free": 1e-3 / 5}
+    ratios = ALLOCATIONS["mrs_per_cost"](scores, widths, costs, 0.6)
+    assert ratios == pytest.approx(mrs(worth, widths, costs, 0.6))
+    assert ratios["b"] < ratios["c"] < ratios["a"] < ratios["free"]
+
+
 def test_equal_and_zero_scores_are_shared_evenly():
     widths, costs = {"a": 10, "b": 10}, {"a": 1, "b": 3}
     for score in (0.0, 0.2):

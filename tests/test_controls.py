@@ -26,7 +26,7 @@ def scores(model):
 
 def test_plans_of_the_controls_share_out_the_same_scores_another_way(model, scores):
     plans = {name: plan_pruning(model, EXAMPLE, scores=scores, allocation=name) for name in SCORED}
-    assert set(plans) == {"mrs", "anti_mrs", "shuffled_mrs"}
+    assert set(plans) == {"mrs", "mrs_per_cost", "anti_mrs", "shuffled_mrs"}
     first, *_, last = scores
     assert plans["mrs"].ratios[first] < plans["mrs"].ratios[last]
     assert plans["anti_mrs"].ratios[first] > plans["anti_mrs"].ratios[last]
