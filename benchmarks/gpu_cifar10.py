@@ -94,6 +94,11 @@ def cells(args: argparse.Namespace) -> Iterator[Cell]:
         for seed in range(args.seeds if place else args.primary_seeds):
             for allocation in args.allocations:
                 yield Cell(network, metric, target, allocation, seed)
+    # What the study of allocations favours, most where parameters are the budget.
+    for network, metric, target in sorted(TARGETS, key=lambda place: place[1] != "params"):
+        for seed in range(args.seeds):
+            for allocation in args.then:
+                yield Cell(network, metric, target, allocation, seed)
 
 
 def trained_by(args: argparse.Namespace) -> dict[str, Any]:
@@ -276,6 +281,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--primary_seeds", type=int, default=5, help="seeds at 50 %% of the multiply-accumulates")
     parser.add_argument("--seeds", type=int, default=1, help="seeds of the other cells")
     parser.add_argument("--allocations", nargs="+", choices=known_allocations(), default=["mrs", "uniform"])
+    parser.add_argument(
+        "--then", nargs="*", choices=known_allocations(), default=["damage"], help="Those that follow at the end."
+    )
     parser.add_argument("--attacks", nargs="+", default=list(ATTACKS), help="what the models are measured by")
     parser.add_argument("--num_samples", type=int, default=1000, help="test images")
     parser.add_argument("--max_train_samples", type=int, help="training images; all if not given")

@@ -119,14 +119,24 @@ def recovery(rows: list[Row], places: list[Place]) -> Figure | None:
 
 
 def primary(rows: list[Row], places: list[Place]) -> Figure | None:
+    """What the study was about."""
+    return on_test(rows, "primary")
+
+
+def confirmation(rows: list[Row], places: list[Place]) -> Figure | None:
+    """What the screening made likely."""
+    return on_test(rows, "confirmation")
+
+
+def on_test(rows: list[Row], phase: str) -> Figure | None:
     """Each seed's gain over `uniform`, with the t-interval of their mean."""
-    mine = select(rows, phase="primary")
+    mine = select(rows, phase=phase)
     arms = sorted({row["allocation"] for row in mine} - {"uniform"})
     gained = {arm: differences(select(mine, allocation=arm), select(mine, allocation="uniform")) for arm in arms}
     gained = {arm: values for arm, values in gained.items() if len(values) > 1}
     if not gained:
         return None
-    figure, axes = empty(1, width=5.6, height=1.4 + 0.6 * len(gained))
+    figure, axes = empty(1, width=6.4, height=1.4 + 0.6 * len(gained))
     panel = axes[0]
     for place, values in enumerate(gained.values()):
         mean, half, _ = interval(values)
@@ -137,7 +147,8 @@ def primary(rows: list[Row], places: list[Place]) -> Figure | None:
     zero(panel, "x")
     panel.set_xlabel("PGD-20 minus uniform (points): mean, 95 % interval, seeds")
     seeds = len(by_seed(select(mine, allocation="uniform")))
-    panel.set_title(f"Primary cell: 20 steps, {seeds} seeds, all test images", fontsize=10)
+    where = title((mine[0]["network"], mine[0]["metric"], mine[0]["target"]))
+    panel.set_title(f"{phase}: {where}, 20 steps, {seeds} seeds, all test images", fontsize=9)
     return figure
 
 
@@ -160,7 +171,7 @@ def draw(rows: list[Row], folder: Path) -> list[Path]:
     """Writes `allocation_study_<what>.png`, of what there are rows of."""
     places = sorted({(row["network"], row["metric"], row["target"]) for row in rows}, reverse=True)
     written = []
-    for picture in (headroom, rules, recovery, primary):
+    for picture in (headroom, rules, recovery, primary, confirmation):
         if figure := picture(rows, places):
             written.append(folder / f"allocation_study_{picture.__name__}.png")
             figure.savefig(written[-1], dpi=110)

@@ -132,9 +132,9 @@ def recovery_rows(rows: list[Row], place: Place) -> list[list[Any]]:
     return lines
 
 
-def primary_rows(rows: list[Row]) -> list[list[Any]]:
+def test_rows(rows: list[Row], phase: str) -> list[list[Any]]:
     """Arms beside `uniform`: means over seeds with t-intervals, p-values corrected by Holm."""
-    mine = select(rows, phase="primary")
+    mine = select(rows, phase=phase)
     uniform = select(mine, allocation="uniform")
     arms = sorted({row["allocation"] for row in mine} - {"uniform"})
     gained = {arm: differences(select(mine, allocation=arm), uniform) for arm in arms}
@@ -170,6 +170,8 @@ def print_tables(rows: list[Row]) -> None:
             print(table(["rule", "0 steps", "SE", "20 steps", "SE", "planning s"], lines))
         if lines := recovery_rows(rows, place):
             print(table(["steps", *WAYS], lines))
-    if lines := primary_rows(rows):
-        print("\nPrimary cell, all test images")
+    for phase in ("primary", "confirmation"):
+        if not (lines := test_rows(rows, phase)):
+            continue
+        print(f"\n{phase}, all test images")
         print(table(["allocation", "seeds", "clean", "PGD-20", "minus uniform [95 %]", "p (Holm)"], lines))

@@ -45,7 +45,8 @@ def test_dense_comes_first_then_the_primary_cell_in_pairs_then_the_others(argume
     assert [name for name in names if "params" in name and name.endswith("mrs-1")] == [
         f"resnet18-params{kept}-mrs-1" for kept in (0.5, 0.25, 0.1)
     ]
-    assert names[-5] == "dense-mobilevit_xs" and len(names) == len(set(names)) == 2 + 2 * (5 + 5 * 2)
+    assert names[-17] == "dense-mobilevit_xs" and len(names) == len(set(names)) == 2 + 2 * (5 + 5 * 2) + 6 * 2
+    assert names[-12:-10] == ["resnet18-params0.5-damage-0", "resnet18-params0.5-damage-1"]
 
 
 def test_a_recipe_that_takes_too_long_saves_and_the_next_call_goes_on(tmp_path, recipe):
@@ -96,7 +97,7 @@ def test_a_call_does_what_is_left_and_writes_a_line_a_cell(arguments, monkeypatc
     main()
     out = capsys.readouterr().out
     assert out.count("| done |") == 6
-    assert (len(every), out.count("| left |")) == (14, 8)
+    assert (len(every), out.count("| left |")) == (20, 14)
     args, done = arguments("--primary_seeds", "1", "--epochs", "3"), []
     main()
     # The dense model knows nothing of fine-tuning; lines with other settings are other cells'.
