@@ -40,7 +40,6 @@ from hf_mrpf.loader import batches
 from hf_mrpf.sensitivity import _mean_spearman
 
 GAMMA, STEPS = 0.1, 10
-IMAGES = 512
 
 
 def passes_in(dtype: str) -> AttackConfig:
@@ -211,13 +210,28 @@ WAYS: dict[str, tuple[str, int, str, float | None]] = {
 HALF_WAYS = {"exact, bfloat16": ("exact", 1, "bfloat16", 5.0)}
 
 
+def large(name: str, args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """The ways on a network with random weights."""
+    torch.manual_seed(0)
+    model = network(name).to(device).requires_grad_(False)
+    images = torch.rand(args.images, 3, 32, 32, device=device)
+    labels = torch.randint(0, 10, (args.images,), device=device)
+    rows = compare(name, model, images, labels, args.sample, args.rounds, device)
+    print([(row["way"], round(row["faster"], 2), row["error"]) for row in rows], flush=True)
+    return rows
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=16, help="Of the two large networks; the narrow one has 512.")
+    parser.add_argument("--images", type=int, default=16, help="Of the two large networks.")
+    parser.add_argument("--narrow_images", type=int, default=512, help="Of the narrow one; its ranks take twice them.")
+    parser.add_argument(
+        "--ranks_only", action="store_true", help="No times; writes results/sensitivity_ranks_BASE.json."
+    )
     parser.add_argument("--sample", type=int, default=5, help="Modules that the naive loop is timed on.")
     parser.add_argument("--dataset", default="digits", help="For the narrow network; as of recipes/prune.py.")
     parser.add_argument("--base", help="A network of study_networks.py that has been made, instead of training one.")
@@ -225,26 +239,23 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)
-    rows = []
-    for name in ("timm/resnet18", "timm/mobilevit_xs"):
-        torch.manual_seed(0)
-        model = network(name).to(device).requires_grad_(False)
-        images = torch.rand(args.images, 3, 32, 32, device=device)
-        labels = torch.randint(0, 10, (args.images,), device=device)
-        rows += compare(name, model, images, labels, args.sample, args.rounds, device)
-        print(
-            [(row["way"], round(row["faster"], 2), row["error"]) for row in rows if row["network"] == name], flush=True
-        )
-    curve = growth(device, args.rounds)
-    print(curve, flush=True)
+    rows: list[dict[str, Any]] = []
+    curve: list[dict[str, Any]] = []
+    if not args.ranks_only:
+        for name in ("timm/resnet18", "timm/mobilevit_xs"):
+            rows += large(name, args, device)
+        curve = growth(device, args.rounds)
+        print(curve, flush=True)
     attack = AttackConfig(num_steps=10)
-    data = load_image_data(args.dataset, max_train_samples=10_000, max_eval_samples=2 * IMAGES)
+    data = load_image_data(args.dataset, max_train_samples=10_000, max_eval_samples=2 * args.narrow_images)
     narrow = base(args.base).to(device) if args.base else trained(data, attack, args.epochs, device)
     narrow.requires_grad_(False)
-    images, labels = (part.to(device) for part in next(batches(data.test, 2 * IMAGES)))
+    images, labels = (part.to(device) for part in next(batches(data.test, 2 * args.narrow_images)))
     half = len(images) // 2
     adversarial = pgd_attack(narrow, images[:half], labels[:half], attack)
-    rows += compare(args.base or "narrow, robust", narrow, adversarial, labels[:half], args.sample, args.rounds, device)
+    if not args.ranks_only:
+        name = args.base or "narrow, robust"
+        rows += compare(name, narrow, adversarial, labels[:half], args.sample, args.rounds, device)
     found = agreement(narrow, images, labels, attack)
     imprecise = in_bfloat16(narrow, adversarial, labels[:half])
     shown = [
@@ -265,8 +276,9 @@ def main() -> None:
         "target",
         "largest error",
     ]
-    print(table(heads, shown))
-    print(table(["images", "modules", "seconds"], [list(row.values()) for row in curve]))
+    if rows:
+        print(table(heads, shown))
+        print(table(["images", "modules", "seconds"], [list(row.values()) for row in curve]))
     print(", ".join(f"Spearman, {name.replace('_', ' ')}: {value:.3f}" for name, value in found.items()))
     errors = sorted(imprecise.values())
     print(f"exact in bfloat16, relative error: median {median(errors):.4f}, largest {errors[-1]:.4f}")
@@ -276,7 +288,14 @@ def main() -> None:
         "bfloat16_relative_error": imprecise,
         "dataset": Path(args.dataset).name,
     }
-    report("sensitivity", device, args.threads, rows, **more)
+    more["narrow"] = {"network": args.base or "narrow, robust", "modules": len(imprecise), "images": half}
+    report(
+        f"sensitivity_ranks_{args.base or 'narrow'}" if args.ranks_only else "sensitivity",
+        device,
+        args.threads,
+        rows,
+        **more,
+    )
 
 
 if __name__ == "__main__":
