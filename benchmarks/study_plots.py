@@ -89,7 +89,7 @@ def rules(rows: list[Row], places: list[Place]) -> Figure | None:
         zero(panel, "x")
         panel.set_xlabel("PGD-20 accuracy minus uniform (points)")
         panel.set_title(title(place), fontsize=10)
-        panel.legend(frameon=False, fontsize=8, loc="upper left")
+        panel.legend(frameon=False, fontsize=8, loc="lower right")
     return figure
 
 
