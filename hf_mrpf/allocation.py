@@ -116,13 +116,13 @@ def nudged(
     """
     Where more than 0.5 % are missing, move units to the next allowed width while that brings the size nearer.
 
-    One at a time, and two at once where no single one helps any more: small networks have few sizes.
+    One at a time, and two at once where no single one helps any more and 1 % is missing: small networks have few sizes.
 
     Arguments as for [`meet_target`]; `widths` are where to start, each an allowed one.
     """
     to_come(1)
     together = 1
-    while (gap := abs(size(widths) - wanted)) > 0.005 * wanted and together <= 2:
+    while together <= 2 and (gap := abs(size(widths) - wanted)) > 0.005 * together * wanted:
         steps = [
             (name, choices[position])
             for name, choices in options.items()

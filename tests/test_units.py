@@ -204,7 +204,7 @@ def test_a_removal_is_checked_at_the_widths_of_the_plan():
     """Planning tries other, odd widths, at which this network is harmless."""
     model = Branches(lambda self, x: x.flip(1) if x.shape[1] in (6, 8, 10) else x)
     images = torch.rand(1, 3, 8, 8)
-    plan = plan_pruning(model, images, allocation="uniform", importance="random", target=0.7, min_channels=1)
+    plan = plan_pruning(model, images, allocation="uniform", importance="random", target=0.72, min_channels=1)
     assert len(plan.kept["first"]) in (6, 8, 10)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"Branches\) moves, mixes or shifts channels"):
