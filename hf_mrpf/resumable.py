@@ -46,6 +46,13 @@ class ResumableTrainer(AveragingTrainer):
         self._check_same("after training")
         return output
 
+    def evaluation_loop(self, *args, **kwargs):
+        """As in `Trainer`; outside of a training the model computes afterwards in the dtype of its weights."""
+        output = super().evaluation_loop(*args, **kwargs)
+        if not self.is_in_train:
+            self._without_autocast()
+        return output
+
     def _without_autocast(self) -> nn.Module:
         """The bare model, its forward as before accelerate put the autocast of `bf16` around it."""
         model = self.accelerator.unwrap_model(self.model)

@@ -261,20 +261,20 @@ def _targets(
         if id(module.weight) not in seen:
             seen.add(id(module.weight))
             members[name] = Piece(module.weight)
-    found: dict[str, list[str]] = {name: [name] for name in members}
+    of_module: dict[str, list[str]] = {name: [name] for name in members}
     for name, (module_name, rows) in (slices or {}).items():
         if module_name not in members:
             raise ValueError(
                 f"slice {name!r} is of {module_name!r}, which is not scored; scored: {', '.join(members)}."
             )
         members[name] = Piece(members[module_name].weight, rows)
-        found.setdefault(module_name, []).append(name)
+        of_module.setdefault(module_name, []).append(name)
     if not members:
         known = ", ".join(kind.__name__ for kind in SCORED_MODULES)
         raise ValueError(f"{type(model).__name__} has no module to score; a {known} is needed.")
     if groups is None:
         # A slice comes after the module that it is of.
-        return {name: [members[name]] for module_name in found for name in found[module_name]}
+        return {name: [members[name]] for names in of_module.values() for name in names}
     for group, names in groups.items():
         unknown = [name for name in names if name not in members]
         if unknown or not names:

@@ -132,8 +132,7 @@ def _controls(config: SweepConfig, dense: Cell, pruned: Cell, chosen: Options) -
     if longer:
         # One for each dense model: what only pruned ones are trained by is not in it.
         control = trained_as(_merged(config.grid[axis][label] for axis, label in dense.axes.items()))
-        lengths = [options.get(name) for name in ("num_train_epochs", "max_steps") for options in (same, control)]
-        if lengths[0] != lengths[1] or lengths[2] != lengths[3]:
+        if any(same.get(name) != control.get(name) for name in ("num_train_epochs", "max_steps")):
             raise ValueError(
                 f"controls.dense_longer trains the dense model for as long as the pruned ones, and {pruned.axes} has a "
                 "length of its own: set num_train_epochs and max_steps outside of the grid, or leave the control out."

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
 
 from .allocation import reads
-from .attacks import eval_mode, in_own_dtype, logits_of
+from .attacks import eval_mode, logits_of
 from .augmentation import augment, mirror_keeps_class
 from .batchnorm import average_statistics, recalibrate_batchnorm
 from .callbacks import SeedEachRank
@@ -206,8 +206,7 @@ class MRPFTrainer(ResumableTrainer):
         )
         calibration = [(images.to(args.device), labels.to(args.device)) for images, labels in calibration]
         if plan is None:
-            with in_own_dtype(model):
-                plan = self._plan(model, calibration)
+            plan = self._plan(model, calibration)
         replaced = self._fire("on_plan_end", plan=plan)
         if not isinstance(replaced, PruningPlan | None):
             raise ValueError(
@@ -218,8 +217,7 @@ class MRPFTrainer(ResumableTrainer):
             plan = replaced if replaced.kept == plan.kept else dataclasses.replace(replaced, latency=None)
         plan = PruningPlan.from_dict(broadcast_object_list([plan.to_dict()])[0])
 
-        with in_own_dtype(model):
-            dense = copy.deepcopy(model) if args.repair else None
+        dense = copy.deepcopy(model) if args.repair else None
         self._report("before")
         before = _size(model, plan)
         prune(model, plan)
@@ -227,18 +225,16 @@ class MRPFTrainer(ResumableTrainer):
         self._report("removed")
         if dense is not None:
             distributed = args.world_size > 1
-            with in_own_dtype(model):
-                self.repair_report = repair(
-                    model, dense, plan, calibration, args.attack, seed=args.seed, distributed=distributed
-                )
+            self.repair_report = repair(
+                model, dense, plan, calibration, args.attack, seed=args.seed, distributed=distributed
+            )
             self._report("repaired")
         if args.recalibration_samples:
             size = min(args.recalibration_samples, len(self.train_dataset))
             batch = min(args.per_device_train_batch_size, size)
             # Whole batches only: each counts the same in the statistics.
             subset = stratified_subset(self.train_dataset, size - size % batch, seed=args.seed)
-            with in_own_dtype(model):
-                recalibrate_batchnorm(model, [(images.to(args.device), y) for images, y in batches(subset, batch)])
+            recalibrate_batchnorm(model, [(images.to(args.device), y) for images, y in batches(subset, batch)])
             self._report("recalibrated")
         if args.world_size > 1:
             for tensor in model.state_dict().values():
@@ -416,8 +412,7 @@ def _check_classes(model: nn.Module, dataset: Dataset) -> None:
 def _size(model: nn.Module, plan: PruningPlan) -> dict[str, int]:
     weight = next(model.parameters())
     example = torch.zeros(plan.example_shape, device=weight.device, dtype=weight.dtype)
-    with in_own_dtype(model):
-        return {"macs": count_macs(model, example), "params": count_parameters(model)}
+    return {"macs": count_macs(model, example), "params": count_parameters(model)}
 
 
 def _with_measured_size(plan: PruningPlan, before: dict[str, int], after: dict[str, int]) -> PruningPlan:

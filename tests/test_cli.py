@@ -7,7 +7,7 @@ import json
 import pytest
 from transformers import TrainingArguments
 
-from hf_mrpf import MRPFConfig
+from hf_mrpf import MRPFConfig, load_image_data
 from hf_mrpf.cli import (
     DataArguments,
     GroupedParser,
@@ -90,6 +90,13 @@ def test_the_named_model_is_built_with_the_classes_and_statistics_of_the_data(da
     with pytest.raises(ValueError, match="same classes in the same order"):
         build_model(ModelArguments(str(tmp_path / "model")), renamed)
     assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in model.parameters())
+
+
+def test_the_data_are_cut_as_by_default_whatever_the_seed_of_a_run(data):
+    plain = load_image_data(max_train_samples=40, max_eval_samples=20)
+    assert data.description == plain.description and data.description["seed"] == 42
+    assert data.test["labels"][:] == plain.test["labels"][:]
+    assert data.test["labels"][:] != load_image_data(max_eval_samples=20, seed=1).test["labels"][:]
 
 
 def test_a_model_that_does_not_fit_is_refused(data, tmp_path):

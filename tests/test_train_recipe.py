@@ -68,6 +68,13 @@ def test_the_folder_is_a_result_measured_on_the_validation_split(trained):
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
+def test_steps_are_what_counts_where_they_are_given(tmp_path):
+    folder = tmp_path / "steps"
+    few = ("--backbone_kwargs", json.dumps(NETWORK), "--num_train_epochs", "0", "--max_steps", "1")
+    recipe("train", "--output_dir", str(folder), *TINY, *few)
+    assert json.loads((folder / "stages" / "dense" / "stage.json").read_text())["steps"] == 1
+
+
 def test_the_card_says_what_the_figures_are_of(trained):
     folder, *_ = trained
     card = ModelCard.load(folder / "README.md")
