@@ -155,7 +155,9 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_once_there_is_room(tmp_p
 
 
 class KillWorkers(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
+    """Kills once checkpoint-2 is whole: the signal of a dead child would break off the writing of it too."""
+
+    def on_save(self, args, state, control, **kwargs):
         if state.global_step == 2:
             for child in multiprocessing.active_children():
                 os.kill(child.pid, signal.SIGKILL)
@@ -167,7 +169,8 @@ def test_a_killed_worker_is_one_message(tmp_path, data, capfd):
     message = told(trainer.train, capfd)
     assert "DataLoader worker (pid" in message
     assert "Lower --dataloader_num_workers" in message
-    assert newest_complete(tmp_path).name == "checkpoint-2"
+    # One batch more may have been waiting, and another step have been taken before the signal came.
+    assert newest_complete(tmp_path).name in ("checkpoint-2", "checkpoint-3", "checkpoint-4")
 
 
 def test_a_worker_is_named_also_where_its_connection_breaks_before_the_signal_comes(capfd):
