@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--autoattack_batch_size", type=int, default=25)
     parser.add_argument("--autoattack_rounds", type=int, default=2)
     parser.add_argument("--eps", type=float, default=8 / 255)
-    parser.add_argument("--batch_size", type=int, default=100)
+    parser.add_argument("--batch_size", type=int, default=128)
     args = parser.parse_args()
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)

@@ -65,7 +65,7 @@ def mobilenet() -> nn.Module:
 
 def narrow_resnet() -> nn.Module:
     """A ResNet of four blocks, 16 to 64 channels: 13.4 M MACs; for the ranks of sensitivity.py."""
-    form: dict[str, Any] = {"layers": (1, 1, 1, 1), "channels": (16, 32, 64, 64)}
+    form: dict[str, Any] = {"layers": (1, 1, 1, 1), "channels": (16, 32, 64, 64), "zero_init_last": False}
     network = PrunedForImageClassification.from_backbone(
         "timm/resnet18", num_labels=10, image_size=32, small_images=True, **form
     )
@@ -120,12 +120,13 @@ def main() -> None:
     parser.add_argument("--network", choices=NETWORKS, required=True)
     parser.add_argument("--dataset", default="uoft-cs/cifar10")
     parser.add_argument("--epochs", type=float, default=6)
+    parser.add_argument("--learning_rate", type=float, default=0.1)
     args = parser.parse_args()
     torch.set_num_threads(1)
     train, validation, _ = splits(args.dataset)
     torch.manual_seed(SEED)
     start, model = time.perf_counter(), NETWORKS[args.network]()
-    settings = {"objective": "pgd", "num_train_epochs": args.epochs, "learning_rate": 0.1}
+    settings = {"objective": "pgd", "num_train_epochs": args.epochs, "learning_rate": args.learning_rate}
     model = trained(model, train, **settings)
     seconds = time.perf_counter() - start
     found = evaluate_robustness(model, validation, ["clean", "pgd20"], AttackConfig(eps=EPS, num_steps=20))

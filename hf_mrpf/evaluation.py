@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .attacks import AttackConfig, eval_mode, frozen, in_own_dtype, logits_of
 from .fingerprint import weights_sha256
+from .folding import fast_layout
 from .indexed_images import count_images, indexed_batches, pools
 from .journal import Journal
 from .named_attacks import ATTACKS, AUTOATTACK_TARGETS, NamedAttack, Run, runs_of, settings_of
@@ -210,7 +211,7 @@ def _clean_logits(
 ) -> tuple[Tensor, Tensor]:
     """Logits of the images, and which of them have no gradient anywhere (none, if it is not asked for)."""
     with torch.set_grad_enabled(gradient):
-        leaf = images.clone().requires_grad_(gradient)
+        leaf = images.clone(memory_format=fast_layout(images)).requires_grad_(gradient)
         logits = _finite_logits(model, leaf, indices)
         classes = logits.shape[1]
         outside = ((labels < 0) | (labels >= classes)).nonzero().flatten().tolist()
@@ -239,7 +240,7 @@ def _answers_under(run: Run, model: nn.Module, attack: AttackConfig, seed: int, 
 
 
 def _finite_logits(model: nn.Module, images: Tensor, indices: list[int]) -> Tensor:
-    logits = logits_of(model(images))
+    logits = logits_of(model(images.contiguous(memory_format=fast_layout(images))))
     finite = logits.isfinite().all(1)
     if not finite.all():
         first = int((~finite).nonzero()[0])
