@@ -53,7 +53,8 @@ def trained(data: Any, attack: AttackConfig, epochs: int, device: torch.device) 
 
 def by_torchattacks(model: nn.Module, images: Any, labels: Any, attack: AttackConfig, batch_size: int) -> float:
     """Fraction of the images that withstand the last iterate of `torchattacks.PGD`."""
-    pgd = torchattacks.PGD(Logits(model), eps=attack.eps, alpha=attack.step, steps=attack.num_steps)
+    # An attack puts the mode back that it has found: of a fresh wrapper that would be training.
+    pgd = torchattacks.PGD(Logits(model).eval(), eps=attack.eps, alpha=attack.step, steps=attack.num_steps)
     right = 0
     for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
         adversarial = pgd(x, y)
@@ -66,7 +67,8 @@ def autoattack_by_torchattacks(
     model: nn.Module, images: Any, labels: Any, attack: AttackConfig, batch_size: int
 ) -> float:
     """Fraction that withstands the standard set made of torchattacks' parts, one after another on every batch."""
-    logits, same = Logits(model), {"norm": {"linf": "Linf", "l2": "L2"}[attack.norm], "eps": attack.eps, "seed": 0}
+    logits = Logits(model).eval()
+    same: dict[str, Any] = {"norm": {"linf": "Linf", "l2": "L2"}[attack.norm], "eps": attack.eps, "seed": 0}
     parts = [
         torchattacks.APGD(logits, steps=100, **same),
         torchattacks.APGDT(logits, steps=100, n_classes=10, **same),

@@ -15,10 +15,10 @@ from study_tables import (
     interval,
     mean_robust,
     of,
-    over_images,
     recovery_rows,
     rule_rows,
     select,
+    standard_error,
 )
 
 from hf_mrpf.sweep_figures import COLOURS, MARKERS, STROKES
@@ -62,7 +62,7 @@ def headroom(rows: list[Row], places: list[Place]) -> Figure | None:
 
 
 def rules(rows: list[Row], places: list[Place]) -> Figure | None:
-    """Each rule minus `uniform`, with two standard errors over images, a panel for each place."""
+    """Each rule minus `uniform`, with two standard errors, a panel for each place."""
     chosen = [place for place in places if any(line[1] is not None for line in rule_rows(rows, place))]
     if not chosen:
         return None
@@ -75,7 +75,7 @@ def rules(rows: list[Row], places: list[Place]) -> Figure | None:
                 own = select(mine, allocation=name, steps=steps)
                 uniform = select(mine, allocation="uniform", steps=steps)
                 if gained := differences(own, uniform):
-                    found.setdefault(name, {})[steps] = fmean(gained), over_images(own, uniform)
+                    found.setdefault(name, {})[steps] = fmean(gained), standard_error(own, uniform)
         names = sorted(found, key=lambda name: found[name][min(found[name])][0])
         for style, steps in enumerate(STEPS):
             spots = [(place, *found[name][steps]) for place, name in enumerate(names) if steps in found[name]]

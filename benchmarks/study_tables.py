@@ -60,6 +60,23 @@ def over_images(rows: list[Row], reference: list[Row]) -> float:
     return 100 * math.sqrt(variance(means) / len(means))
 
 
+def standard_error(rows: list[Row], reference: list[Row]) -> float:
+    """
+    Standard error, in points, of the mean difference of two sets of rows that share seeds, over images and over seeds.
+
+    What varies with the image and the seed together is in both parts, so that it is a little too large. Of one seed
+    only the images are known.
+    """
+    gained = differences(rows, reference)
+    seeds = variance(gained) / len(gained) if len(gained) > 1 else 0.0
+    return math.sqrt(over_images(rows, reference) ** 2 + seeds)
+
+
+def kept(rows: list[Row], metric: str) -> float:
+    """Percent of the dense network's MACs or parameters that are left, the mean over rows."""
+    return fmean(100 * row[metric] for row in rows)
+
+
 def differences(rows: list[Row], reference: list[Row]) -> list[float]:
     """Points gained over the reference, for each seed that both have."""
     mine, theirs = by_seed(rows), by_seed(reference)
@@ -116,9 +133,11 @@ def rule_rows(rows: list[Row], place: Place) -> list[list[Any]]:
             own = select(mine, allocation=name, steps=steps)
             uniform = select(mine, allocation="uniform", steps=steps)
             gained = differences(own, uniform)
-            line += [fmean(gained), over_images(own, uniform)] if gained else [None, None]
+            line += [fmean(gained), standard_error(own, uniform)] if gained else [None, None]
         if any(value is not None for value in line[1:]):
-            lines.append([*line, fmean(row["planning_seconds"] for row in select(mine, allocation=name))])
+            own = select(mine, allocation=name)
+            seconds = fmean(row["planning_seconds"] for row in own)
+            lines.append([*line, len(gained), kept(own, "macs"), kept(own, "params"), seconds])
     return sorted(lines, key=lambda line: -(line[1] or 0))
 
 
@@ -132,25 +151,33 @@ def recovery_rows(rows: list[Row], place: Place) -> list[list[Any]]:
     return lines
 
 
-def test_rows(rows: list[Row], phase: str) -> list[list[Any]]:
-    """Arms beside `uniform`: means over seeds with t-intervals, p-values corrected by Holm."""
-    mine = select(rows, phase=phase)
-    uniform = select(mine, allocation="uniform")
-    arms = sorted({row["allocation"] for row in mine} - {"uniform"})
-    gained = {arm: differences(select(mine, allocation=arm), uniform) for arm in arms}
+def label(row: Row) -> str:
+    """The arm of a test: the allocation, with its size where that is another one than the others'."""
+    return f"{row['allocation']} at equal MACs" if row["phase"] == "equal_macs" else row["allocation"]
+
+
+def test_rows(rows: list[Row], reference: str = "uniform") -> list[list[Any]]:
+    """Arms beside the reference: means over seeds with t-intervals, p-values corrected by Holm."""
+    arms: dict[str, list[Row]] = {}
+    for row in rows:
+        arms.setdefault(label(row), []).append(row)
+    if reference not in arms:
+        return []
+    gained = {arm: differences(own, arms[reference]) for arm, own in sorted(arms.items()) if arm != reference}
     known = {arm: interval(values) for arm, values in gained.items() if len(values) > 1}
     corrected = holm({arm: p for arm, (_, _, p) in known.items()})
     lines = []
-    for arm in ("uniform", *known):
-        own = select(mine, allocation=arm)
-        line = [arm, len(own), fmean(100 * row["clean"] for row in own), fmean(100 * row["pgd20"] for row in own)]
+    for arm in (reference, *known):
+        own = arms[arm]
+        line = [arm, len(own), kept(own, "macs"), kept(own, "params")]
+        line += [fmean(100 * row[kind] for row in own) for kind in ("clean", "pgd20")]
         if arm in known:
             mean, half, _ = known[arm]
             line += [f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]", corrected[arm]]
         else:
             line += ["", None]
         lines.append(line)
-    return lines if uniform else []
+    return lines
 
 
 def of(rows: Iterable[Row], place: Place) -> list[Row]:
@@ -160,18 +187,22 @@ def of(rows: Iterable[Row], place: Place) -> list[Row]:
 
 def print_tables(rows: list[Row]) -> None:
     """Everything that is known, in Markdown; accuracies and differences in percent and points."""
-    for place in sorted({(row["network"], row["metric"], row["target"]) for row in rows}):
+    screened = select(rows, phase=("headroom", "rules", "recovery"))
+    for place in sorted({(row["network"], row["metric"], row["target"]) for row in screened}):
         print(f"\n{place[0]}, {100 * place[2]:g} % of its {place[1]} kept; PGD-20 accuracy on validation images")
         lines = [line for steps in (0, 20) if (line := headroom_row(rows, place, steps))]
         if lines:
             heads = ["steps", "allocations", "seeds", "uniform", "random, mean", "SD between", "SD of seeds"]
             print(table([*heads, "SD beyond seeds", "best - uniform", "fresh seeds"], lines))
         if lines := rule_rows(rows, place):
-            print(table(["rule", "0 steps", "SE", "20 steps", "SE", "planning s"], lines))
+            heads = ["rule", "0 steps", "SE", "20 steps", "SE", "seeds", "MACs %", "parameters %", "planning s"]
+            print(table(heads, lines))
         if lines := recovery_rows(rows, place):
             print(table(["steps", *WAYS], lines))
-    for phase in ("primary", "confirmation"):
-        if not (lines := test_rows(rows, phase)):
-            continue
-        print(f"\n{phase}, all test images")
-        print(table(["allocation", "seeds", "clean", "PGD-20", "minus uniform [95 %]", "p (Holm)"], lines))
+    equal = [*select(rows, phase="equal_macs"), *select(rows, phase="confirmation", allocation="damage")]
+    tests = {phase: (select(rows, phase=phase), "uniform") for phase in ("primary", "confirmation")}
+    for phase, (mine, reference) in (tests | {"equal MACs": (equal, "uniform at equal MACs")}).items():
+        if lines := test_rows(mine, reference):
+            heads = ["allocation", "seeds", "MACs %", "parameters %", "clean", "PGD-20"]
+            print(f"\n{phase}, all test images")
+            print(table([*heads, f"minus {reference} [95 %]", "p (Holm)"], lines))

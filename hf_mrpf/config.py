@@ -71,8 +71,8 @@ class MRPFConfig(TrainingArguments):
             `"macs"`, `"params"` or `"latency"`, which is measured on this machine (see [`plan_pruning`]).
         allocation (`str`, *optional*, defaults to `"mrs"`):
             How the pruning ratio is shared out between units: a key of `ALLOCATIONS` or, as `netadapt` and `damage`, of
-            `MEASURED`, whose search prunes and attacks copies by the dozen. Where parameters were the budget `damage`
-            won, and where MACs were nothing beat `uniform` (benchmarks/README.md).
+            `MEASURED`, whose search prunes and attacks copies by the dozen. Which pays hangs on the network
+            and the budget, and `mrs` beat `uniform` nowhere: see benchmarks/README.md.
         combine (`str`, *optional*, defaults to `"sum"`):
             How the sensitivities of a unit's members make the unit's score: `sum`, `max`, `mean` or `joint`.
         importance (`str`, *optional*, defaults to `"magnitude"`):

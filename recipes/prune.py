@@ -84,6 +84,9 @@ from hf_mrpf.stages import (
 ATTACKS = ("clean", "fgsm", "pgd20", "cw")
 # Of a stage whose plan hangs on measured times or losses, from when it is planned.
 MEASURED_PLAN = "measured_plan.json"
+LONGER = (
+    "The fine-tuned model was trained for longer than the dense one, so that the difference is not the pruning's alone."
+)
 
 
 def main() -> None:
@@ -368,9 +371,10 @@ def card_info(model, plans, reports, rows, stages, data: ImageData, args: MRPFCo
         training=settings,
         figure="mrs.png",
         notes=[
-            "The test split was read once, after every choice had been made on the validation split.",
+            "This run read the test split once, after every choice of its own had been made on the validation split.",
             f"Fine-tuned minus dense under PGD-20, image by image: {100 * change.difference:+.1f} points, "
             f"95 % interval [{100 * change.interval[0]:+.1f}, {100 * change.interval[1]:+.1f}].",
+            *([LONGER] if stages["fine-tuned"]["epochs"] else []),
         ],
         versions=reports["fine-tuned"].versions,
         seed=args.seed,
