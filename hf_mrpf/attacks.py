@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -148,19 +148,27 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def in_own_dtype(model: nn.Module) -> Iterator[None]:
     """
-    Let `model` compute in the dtype of its weights, without the autocast that may be on or that accelerate has put
-    around its forward; afterwards both are as they were, also after an exception.
+    Let `model` compute in the dtype of its weights, and round as that dtype does: without the autocast that is on or
+    that accelerate has put around the forward of a module, and without TF32, whose factors have the 10 bits of half
+    precision. Afterwards all is as it was, also after an exception.
     """
-    own, wrapped = vars(model).get("_original_forward"), vars(model).get("forward")
+    wrapped = {module: vars(module)["forward"] for module in model.modules() if "_original_forward" in vars(module)}
     device = next(model.parameters(), torch.zeros(())).device
-    if own is not None:
-        vars(model)["forward"] = own
+    cudnn, mkldnn = cast(Any, torch.backends.cudnn), cast(Any, torch.backends.mkldnn)
+    backends = [cudnn.conv, torch.backends.cuda.matmul, mkldnn.conv, mkldnn.matmul]
+    precisions = [backend.fp32_precision for backend in backends]
     try:
+        for module in wrapped:
+            vars(module)["forward"] = vars(module)["_original_forward"]
+        for backend in backends:
+            backend.fp32_precision = "ieee"
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        if own is not None:
-            vars(model)["forward"] = wrapped
+        for module, forward in wrapped.items():
+            vars(module)["forward"] = forward
+        for backend, precision in zip(backends, precisions, strict=True):
+            backend.fp32_precision = precision
 
 
 def frozen(model: nn.Module) -> AbstractContextManager[None]:

@@ -53,6 +53,11 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor | tuple[Ten
     return model
 
 
+def has_batchnorm(model: nn.Module) -> bool:
+    """Whether any module is a BatchNorm, which in training needs more than one value of a channel."""
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
 def average_statistics(model: nn.Module, processes: Processes) -> None:
     """
     Replace the running means and variances of every BatchNorm by their means over the processes, in place.

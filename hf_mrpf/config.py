@@ -21,11 +21,39 @@ LOGGER = logging.getLogger("hf_mrpf")
 ADAM_LEARNING_RATE = 1e-3
 SGD_LEARNING_RATE = 0.05
 SGD_ARGUMENTS = "momentum=0.9,nesterov=true"
+SWITCHES = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 def _known(name: str, value: str, known: Any) -> None:
     if value not in known:
         raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(known)}.")
+
+
+def adam_arguments(args: TrainingArguments) -> dict[str, Any]:
+    """
+    Keywords of `torch.optim.Adam`: those of `TrainingArguments`, and what `optim_args` change of them.
+
+    Raises:
+        ValueError: where `optim_args` are not pairs such as `"beta2=0.99,amsgrad=true"`, or name anything else.
+    """
+    options: dict[str, float | bool] = {
+        "beta1": args.adam_beta1,
+        "beta2": args.adam_beta2,
+        "eps": args.adam_epsilon,
+        "amsgrad": False,
+    }
+    pairs = args.optim_args.replace(" ", "").split(",") if args.optim_args else []
+    try:
+        for pair in pairs:
+            name, value = pair.split("=")
+            options[name] = SWITCHES[value.lower()] if isinstance(options[name], bool) else float(value)
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"optim_args={args.optim_args!r} do not fit optim 'adam', which takes beta1, beta2 and eps (numbers) and "
+            "amsgrad (true or false), as in beta2=0.99,amsgrad=true; weight decay is an option of its own."
+        ) from error
+    betas = (options.pop("beta1"), options.pop("beta2"))
+    return {"lr": args.learning_rate, "betas": betas, **options}
 
 
 @dataclass
@@ -110,13 +138,15 @@ class MRPFConfig(TrainingArguments):
             ten digits.
 
     The defaults of these `TrainingArguments` differ: `optim` (`"sgd"` with Nesterov momentum 0.9; `"adam"` is
-    `torch.optim.Adam`), `learning_rate` (0.05 for SGD, 1e-3 for the Adam family), `weight_decay` (5e-4), cosine
-    schedule with 5 % warm-up, `per_device_train_batch_size` and `per_device_eval_batch_size` (128), `max_grad_norm`
-    (0), `remove_unused_columns` (`False`), `label_names` (`["labels"]`), `metric_for_best_model` (`"robust_accuracy"`).
+    `torch.optim.Adam`, whose `optim_args` are `beta1`, `beta2`, `eps` and `amsgrad`), `learning_rate` (0.05 for SGD,
+    1e-3 for the Adam family), `weight_decay` (5e-4), cosine schedule with 5 % warm-up, `per_device_train_batch_size`
+    and `per_device_eval_batch_size` (128), `max_grad_norm` (0), `remove_unused_columns` (`False`), `label_names`
+    (`["labels"]`), `metric_for_best_model` (`"robust_accuracy"`).
 
     Raises:
         ValueError: where a value is out of its range or a name is not known, or `awp_gamma` or `ema_decay` comes with
-            FSDP or DeepSpeed, which keep a part of the weights on each process, or `awp_gamma` with `fp16`.
+            FSDP or DeepSpeed, which keep a part of the weights on each process, or `awp_gamma` with `fp16`; also for
+            `label_smoothing_factor`, `bf16_full_eval` and `fp16_full_eval`, which have no place here.
     """
 
     objective: str = field(default="trades", metadata={"help": f"What to minimise: {', '.join(OBJECTIVES)}."})
@@ -226,6 +256,11 @@ class MRPFConfig(TrainingArguments):
         super().__post_init__()
         if wanted == "adam":
             self.optim = "adam"
+            # Those of a configuration for SGD that this one is a changed copy of.
+            self.optim_args = None if self.optim_args == SGD_ARGUMENTS else self.optim_args
+            adam_arguments(self)
+        if self.fp16:
+            LOGGER.warning("--fp16: gradients of training attacks underflow in part; give --bf16 if the device has it.")
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # torch warns at every loader otherwise
             if self.attack_dtype == "bfloat16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -299,6 +334,17 @@ class MRPFConfig(TrainingArguments):
             raise ValueError(
                 f"awp_gamma={self.awp_gamma} takes a gradient that fp16 would let underflow; give bf16 instead of fp16."
             )
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor} would change nothing: each objective has a loss "
+                "of its own. Leave it at 0, or give an objective that smooths the labels."
+            )
+        for name in ("bf16_full_eval", "fp16_full_eval"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name} would turn the weights themselves into half precision, for good; evaluation and pruning "
+                    f"are in float32 here. Leave {name} out; bf16 speeds up the training."
+                )
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must be at least 0.")
         if self.norm == "l2" and self.eps == AttackConfig.eps:

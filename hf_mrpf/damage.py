@@ -13,6 +13,7 @@ from .allocation import Widths, meet_target, nearest_width, nudged
 from .attacks import AttackConfig, eval_mode, logits_of
 from .calibration import attacked_batches
 from .pruned_copies import PrunedCopies, Sets
+from .weight_scores import precise
 
 ROUNDS = 3
 ATTACK_STEPS = 3
@@ -105,8 +106,8 @@ def calibrated_losses(model: nn.Module, batches: Sets, attack: AttackConfig, see
     with eval_mode(model):
         for batch in attacked_batches(model, batches, attack, seed=seed):
             with torch.no_grad():
-                logits.append(logits_of(model(batch.adversarial)).double())
-            labels.append(batch.labels)
+                logits.append(precise(logits_of(model(batch.adversarial))))
+            labels.append(batch.labels.to(logits[-1].device))
     answers, truth = torch.cat(logits), torch.cat(labels)
     return F.cross_entropy(answers * inverse_temperature(answers, truth), truth, reduction="none").cpu()
 

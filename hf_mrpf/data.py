@@ -49,7 +49,8 @@ class ImageData:
         image_size (`int`):
             Height and width of every image.
         image_mean, image_std (`list[float]`):
-            Mean and standard deviation of each channel over the pixels of `train`, in [0, 1].
+            Mean and standard deviation of each channel over the pixels of `train`, in [0, 1]. The deviation of a
+            constant channel is given as 1: normalising then shifts it only.
         name (`str`):
             Hub id, name of the local folder (never its path), or `"digits"`.
         flip (`bool`):
@@ -292,14 +293,20 @@ def _decoded(dataset: Dataset, parts: Mapping[str, np.ndarray | None], *settings
 
 
 def _pixel_statistics(dataset: Dataset) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel."""
+    """Mean and standard deviation of each channel; 1 for the deviation of a constant one."""
     total, squares, count = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64), 0
+    least, most = torch.ones(3), torch.zeros(3)
     for images, _ in batches(dataset, 1024):
         total += images.sum((0, 2, 3)).double()
         squares += images.square().sum((0, 2, 3)).double()
         count += images.numel() // 3
+        least = torch.minimum(least, images.amin((0, 2, 3)))
+        most = torch.maximum(most, images.amax((0, 2, 3)))
     mean = total / count
-    return mean.tolist(), (squares / count - mean.square()).clamp(min=0).sqrt().tolist()
+    std = (squares / count - mean.square()).clamp(min=0).sqrt()
+    # Not where it is 0: rounding leaves a constant channel a tiny deviation.
+    std[least == most] = 1
+    return mean.tolist(), std.tolist()
 
 
 # ---- Stratified choices ---------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def measure_latency(
             f"got rounds={rounds}, batch_size={batch_size}, warmup={warmup}"
         )
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    images = torch.rand(batch_size, 3, height, width, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(batch_size, 3, height, width, generator=torch.Generator().manual_seed(0), device="cpu")
     timed = latency_rounds(models, images, rounds=rounds, warmup=warmup)
     return {name: statistics.median(passes) for name, passes in timed.items()}
 
@@ -164,6 +164,8 @@ def device_name(device: torch.device) -> str:
     """What a run's times were measured on: the GPU, or the processor and how many threads of it PyTorch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return f"{processor_name()}, by {device.type}"
     return f"{processor_name()}, {torch.get_num_threads()} of its threads"
 
 
@@ -176,14 +178,15 @@ def _seconds(model: Callable[[Tensor], object], images: Tensor) -> float:
 
 
 def _wait_for(images: Tensor) -> None:
-    if images.device.type == "cuda":
-        torch.cuda.synchronize(images.device)
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None and images.device.type == accelerator.type:
+        torch.accelerator.synchronize(images.device)
 
 
 def _reference(model: nn.Module) -> Tensor:
     """A tensor on the device and in the dtype that the model computes in."""
     floating = (parameter for parameter in model.parameters() if parameter.is_floating_point())
-    return next(floating, torch.zeros(()))
+    return next(floating, torch.zeros((), device="cpu"))
 
 
 @contextmanager

@@ -95,7 +95,8 @@ def evaluate_robustness(
             times their number of images, no image twice, and all get the same report.
         journal (`Path` or `str`, *optional*):
             File to keep the verdicts in, after each batch of each run. The same call on the same weights goes on from
-            there; an image that is another one now is measured again.
+            there; an image that is another one now is measured again. Verdicts of other weights, or of another seed or
+            threat model, are moved aside, to `<name>.1`; a file that holds no verdicts is refused.
 
     Returns:
         [`RobustnessReport`]

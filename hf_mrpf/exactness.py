@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .architectures import channel_axis
 from .attacks import logits_of
+from .folding import the_input
 from .layers import Layer, shapes_only, skeleton, twin
 
 # By what the check computes in: the second takes half of the time, and leaves more of a wrong removal to the first.
@@ -54,7 +55,7 @@ def removal_error(
     generator = torch.Generator().manual_seed(0)
     copied = _randomised(model, generator, dtype)
     # Of both signs, and of the size that pixels have once they are normalised.
-    images = 2 * torch.randn(1, *example.shape[1:], generator=generator, dtype=dtype)
+    images = 2 * torch.randn(1, *example.shape[1:], generator=generator, dtype=dtype, device="cpu")
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         with _masked(copied, layers, removed):
             expected = logits_of(copied(images))
@@ -72,7 +73,7 @@ def _training_fault(model: nn.Module, images: Tensor) -> Exception | None:
     """What a forward pass in train mode raises, on shapes alone: nothing is computed."""
     try:
         with shapes_only():
-            model.to("meta").train()(torch.zeros(2, *images.shape[1:], dtype=images.dtype))
+            model.to("meta").train()(torch.zeros(2, *images.shape[1:], dtype=images.dtype, device="meta"))
     except Exception as error:  # an arbitrary network may refuse in any way
         return error
     return None
@@ -92,7 +93,7 @@ def _randomised(model: nn.Module, generator: torch.Generator, dtype: torch.dtype
     numbers, places = {}, {}
     for fan_in, own in sizes.items():
         bound = 2.4 / fan_in**0.5  # uniform, because normal numbers take longer than the rest
-        drawn = torch.empty(max(own) + _APART * len(own), dtype=dtype)
+        drawn = torch.empty(max(own) + _APART * len(own), dtype=dtype, device="cpu")
         numbers[fan_in] = drawn.uniform_(-bound, bound, generator=generator)
         places[fan_in] = count(0, _APART)
 
@@ -100,7 +101,8 @@ def _randomised(model: nn.Module, generator: torch.Generator, dtype: torch.dtype
         if not tensor.is_floating_point():
             return tensor.to("cpu", copy=True)
         if tensor.ndim < 2 or not isinstance(tensor, nn.Parameter):
-            return torch.empty(tensor.shape, dtype=dtype).uniform_(0.5, 1.5, generator=generator)
+            drawn = torch.empty(tensor.shape, dtype=dtype, device="cpu")
+            return drawn.uniform_(0.5, 1.5, generator=generator)
         fan_in = tensor[0].numel()
         return numbers[fan_in].narrow(0, next(places[fan_in]), tensor.numel()).view(tensor.shape)
 
@@ -114,14 +116,14 @@ def _masked(
     """Removed channels are silent where they are made: nothing of them may reach what is kept."""
     handles, restore = [], []
     for (name, side), indices in removed.items():
-        layer, index = layers[name], torch.tensor(indices)
+        layer, index = layers[name], torch.tensor(indices, device="cpu")
         if layer.kind == "parameter":
             parameter = model.get_parameter(name)
             restore.append((parameter, parameter.data))
             # Not in place: other parameters may be parts of the same numbers.
             parameter.data = parameter.index_fill(layer.axis, index, 0.0)
         elif side != "in":
-            handles.append(model.get_submodule(name).register_forward_hook(_silence(index)))
+            handles.append(model.get_submodule(name).register_forward_hook(_silence(index), with_kwargs=True))
     try:
         yield
     finally:
@@ -131,14 +133,14 @@ def _masked(
             parameter.data = value
 
 
-def _silence(index: Tensor) -> Callable[[Any, tuple, Tensor], Tensor]:
+def _silence(index: Tensor) -> Callable[[Any, tuple, dict, Tensor], Tensor]:
     """A hook that zeroes channels behind a layer; a norm over channels takes its moments without them."""
 
-    def hook(module: Any, inputs: tuple, output: Tensor) -> Tensor:
+    def hook(module: Any, inputs: tuple, named: dict, output: Tensor) -> Tensor:
         axis = channel_axis(module)
         if isinstance(module, nn.LayerNorm | nn.GroupNorm):
-            features = inputs[0]
-            kept = torch.ones(features.shape[axis], dtype=torch.bool)
+            features = the_input(inputs, named)
+            kept = torch.ones(features.shape[axis], dtype=torch.bool, device="cpu")
             kept[index] = False
             own = features.index_select(axis, kept.nonzero().flatten())
             axes = tuple(range(1, features.ndim)) if isinstance(module, nn.GroupNorm) else (axis,)

@@ -91,7 +91,8 @@ def export_model(
 
     network = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     size = model.config.image_size
-    images = torch.rand(max(CHECKED_BATCHES), 3, size, size, generator=torch.Generator().manual_seed(0))
+    noise = torch.Generator().manual_seed(0)
+    images = torch.rand(max(CHECKED_BATCHES), 3, size, size, generator=noise, device="cpu")
     metadata = {"id2label": json.dumps(model.config.id2label), "image_size": str(size)}
     program = _export(network, images[:_TRACED_BATCH])
     written = []

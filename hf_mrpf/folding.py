@@ -127,13 +127,13 @@ def _watched(modules: Sequence[nn.Module]) -> Iterator[list[Pair]]:
         runs[module] += 1
         reads.written[id(output)] = module, output  # held: its id must not become another's
 
-    def is_read(module: nn.Module, inputs: tuple) -> None:
+    def is_read(module: nn.Module, inputs: tuple, named: dict) -> None:
         runs[module] += 1
-        read.append((module, inputs[0]))
+        read.append((module, the_input(inputs, named)))
 
     plain = [module for module in modules if _name(module) in CONVOLUTIONS + NORMS and not _is_watched(module)]
     hooks = [module.register_forward_hook(writes) for module in plain if _name(module) in CONVOLUTIONS]
-    hooks += [module.register_forward_pre_hook(is_read) for module in plain if _name(module) in NORMS]
+    hooks += [module.register_forward_pre_hook(is_read, with_kwargs=True) for module in plain if _name(module) in NORMS]
     try:
         with reads:
             yield pairs
@@ -147,6 +147,11 @@ def _watched(modules: Sequence[nn.Module]) -> Iterator[list[Pair]]:
             continue
         if runs[convolution] == runs[norm] == 1:
             pairs.append(Pair(convolution, norm))
+
+
+def the_input(inputs: tuple, named: dict) -> Any:
+    """What a layer of one argument was called with: by position, or by a name, which is not the same for all."""
+    return next(iter((*inputs, *named.values())), None)
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -211,15 +216,15 @@ def _converted(modules: Sequence[nn.Module], images: Tensor) -> Iterator[None]:
             module.weight = weight
 
 
-def _after(norm: Any) -> Callable[[Tensor], Tensor]:
+def _after(norm: Any) -> Callable[..., Tensor]:
     """What a norm still does once it is folded: timm's carry their activation."""
     if _name(norm) == NORMS[0]:
         return _same
-    return lambda images: norm.act(norm.drop(images))
+    return lambda *inputs, **named: norm.act(norm.drop(the_input(inputs, named)))
 
 
-def _same(images: Tensor) -> Tensor:
-    return images
+def _same(*inputs: Tensor, **named: Tensor) -> Tensor:
+    return the_input(inputs, named)
 
 
 def _name(module: nn.Module) -> tuple[str, str]:

@@ -236,14 +236,8 @@ def write_record(
     Returns:
         [`CardInfo`]: what the card says.
     """
-    for name in RECORD:
-        (folder / name).unlink(missing_ok=True)
-    if plans:
-        write_plans(plans, folder / "pruning_plan.json")
-        plot_sensitivity(cast(Any, shown_plan(plans)), folder / "mrs.png")
     row = None
     if report is not None:
-        report.save(folder / "robustness_report.json")
         example = torch.zeros(1, 3, model.config.image_size, model.config.image_size, device=model.device)
         costs = {"parameters": count_parameters(model), "macs": count_macs(model, example)}
         row = ResultRow.from_report("this model", report, **costs)
@@ -257,12 +251,24 @@ def write_record(
         "pruning_steps": pruning_steps,
         "selection": selection,
         "training": {name: str(settings[name]) for name in SETTINGS if settings.get(name) is not None},
-        "figure": "mrs.png" if (folder / "mrs.png").is_file() else None,
+        "figure": "mrs.png" if plans else None,
         "versions": package_versions(),
         "seed": settings.get("seed"),
     }
     info = CardInfo(**known | facts)
-    render_card(info).save(folder / "README.md")
+    card = render_card(info)  # before anything is overwritten or removed: it may be refused
+    written = {"README.md"}
+    if plans:
+        write_plans(plans, folder / "pruning_plan.json")
+        plot_sensitivity(cast(Any, shown_plan(plans)), folder / "mrs.png")
+        written |= {"pruning_plan.json", "mrs.png"}
+    if report is not None:
+        report.save(folder / "robustness_report.json")
+        written |= {"robustness_report.json"}
+    card.save(folder / "README.md")
+    for name in RECORD:
+        if name not in written:
+            (folder / name).unlink(missing_ok=True)
     return info
 
 

@@ -50,7 +50,7 @@ def random(
     """Uniform noise in [0, 1) from `seed`: the control. Arguments and result as for [`magnitude`]."""
     from torch_pruning.pruner.importance import RandomImportance
 
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
         return _score(RandomImportance(), groups)
 
@@ -152,7 +152,7 @@ def fisher(
     """
     own = {id(parameter) for parameter in model.parameters()}
     sides = {name: _gated_sides(group, own) for name, group in groups.items()}
-    totals = {name: torch.zeros(len(counts)) for name, (_, counts) in sides.items()}
+    totals = {name: torch.zeros(len(counts), device="cpu") for name, (_, counts) in sides.items()}
     processes, count = processes or Processes(), 0
     with _borrowed_gradients(model) as parameters:
         device = parameters[0].device
@@ -162,8 +162,8 @@ def fisher(
                 loss = F.cross_entropy(logits_of(model(image)), label)
                 found = torch.autograd.grad(loss, parameters, allow_unused=True)
                 gradients = {id(parameter): gradient for parameter, gradient in zip(parameters, found, strict=True)}
-                for name, (items, counts) in sides.items():
-                    totals[name] += (_by_gate(items, len(counts), gradients) / counts).square()
+                for name, derivative in _by_gate(sides, gradients).items():
+                    totals[name] += (derivative / sides[name][1]).square()
                 count += 1
     sums = [total.to(device) for total in totals.values()]
     processes.sum_(sums)
@@ -210,34 +210,51 @@ def _gated_sides(group: "Group", own: set[int]) -> tuple[list, Tensor]:
     """Where the gates of a group are, and for each how many copies of the channel to average its derivative over."""
     width = 1 + max(group[0].root_idxs)
     if reading := [item for item in group.items if _reads(item)]:
-        return reading, torch.ones(width)
+        return reading, torch.ones(width, device="cpu")
     # Of a product, the derivative by a gate on either factor is that by a gate on the product.
     writing = [item for item in group.items if item.dep.layer.weight.ndim > 1 and id(item.dep.layer.weight) in own]
-    counts = torch.zeros(width)
+    counts = torch.zeros(width, device="cpu")
     for item in writing:
-        counts.index_add_(0, torch.tensor(item.root_idxs), torch.ones(len(item.root_idxs)))
+        counts.index_add_(0, _on_cpu(item.root_idxs), torch.ones(len(item.root_idxs), device="cpu"))
     return writing, counts
 
 
-def _by_gate(items: list, width: int, gradients: Mapping[int, Tensor | None]) -> Tensor:
-    """Derivative of a loss by a gate on each channel: the sum of weight * gradient over what the gate scales."""
-    total = torch.zeros(width)
-    for item in items:
-        layer, derivative = item.dep.layer, None
-        gradient = gradients.get(id(layer.weight))
-        if gradient is None:
-            continue
-        products = layer.weight.detach() * gradient
-        if _reads(item):
-            parts = getattr(layer, "groups", 1)
-            derivative = products.reshape(parts, -1, products.shape[1], products[0, 0].numel()).sum((1, 3)).flatten()
-        else:
-            derivative = products.flatten(1).sum(1)
-            if layer.bias is not None and (bias := gradients.get(id(layer.bias))) is not None:
-                derivative = derivative + layer.bias.detach() * bias
-        own = derivative[torch.tensor(item.idxs, device=derivative.device)]
-        total.index_add_(0, torch.tensor(item.root_idxs), own.float().cpu())
-    return total
+def _by_gate(sides: Mapping[str, tuple[list, Tensor]], gradients: Mapping[int, Tensor | None]) -> dict[str, Tensor]:
+    """Derivative of a loss by a gate on each channel of each unit: the sum over what the gate scales."""
+    totals = {name: torch.zeros_like(counts) for name, (_, counts) in sides.items()}
+    found = [
+        (totals[name], item, derivative)
+        for name, (items, _) in sides.items()
+        for item in items
+        if (derivative := _by_channel(item, gradients)) is not None
+    ]
+    if found:
+        # In one copy: each would wait for the device.
+        whole = torch.cat([derivative for *_, derivative in found]).cpu()
+        parts = whole.split([len(derivative) for *_, derivative in found])
+        for (total, item, _), part in zip(found, parts, strict=True):
+            total.index_add_(0, _on_cpu(item.root_idxs), part[_on_cpu(item.idxs)])
+    return totals
+
+
+def _by_channel(item: Any, gradients: Mapping[int, Tensor | None]) -> Tensor | None:
+    """Sum of weight * gradient over each channel of a layer's side; None where the loss does not reach it."""
+    layer = item.dep.layer
+    gradient = gradients.get(id(layer.weight))
+    if gradient is None:
+        return None
+    products = layer.weight.detach() * gradient
+    if _reads(item):
+        parts = getattr(layer, "groups", 1)
+        return products.reshape(parts, -1, products.shape[1], products[0, 0].numel()).sum((1, 3)).flatten().float()
+    derivative = products.flatten(1).sum(1)
+    if layer.bias is not None and (bias := gradients.get(id(layer.bias))) is not None:
+        derivative = derivative + layer.bias.detach() * bias
+    return derivative.float()
+
+
+def _on_cpu(indices: list[int]) -> Tensor:
+    return torch.tensor(indices, device="cpu")
 
 
 def _complete(parameters: list[nn.Parameter], count: int, name: str, processes: Processes) -> None:

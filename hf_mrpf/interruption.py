@@ -14,6 +14,8 @@ from types import FrameType
 import torch
 from transformers import TrainerCallback
 
+from .tokens import without_tokens
+
 # Of the processes of a run one may get both: a terminal's Ctrl-C is a SIGINT to all, and launchers pass SIGTERM on.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # A launcher passes on what its processes got as well: only a later signal is a second press.
@@ -147,20 +149,12 @@ def own_command() -> str:
         # torchrun and accelerate name the script as this process was given it.
         if sys.argv[0] in words and words[words.index(sys.argv[0]) + 1 :] == sys.argv[1:]:
             command = words
-    return shlex.join(_shown(command))
+    return _shown(command)
 
 
-def _shown(words: list[str]) -> list[str]:
-    shown: list[str] = []
-    for word in words:
-        if shown and shown[-1] == "--hub_token":
-            word = "***"
-        elif word.startswith("--hub_token="):
-            word = "--hub_token=***"
-        elif word.startswith("--overwrite_output_dir"):  # it would start again
-            continue
-        shown.append(word)
-    return shown
+def _shown(words: list[str]) -> str:
+    # Given again, the option would start the run from its beginning.
+    return without_tokens(shlex.join(word for word in words if not word.startswith("--overwrite_output_dir")))
 
 
 def _is_first() -> bool:

@@ -1,20 +1,26 @@
 """A journal: what a long measurement has found so far, on disk, so that an interrupted one goes on from there."""
 
 import json
+import logging
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
 from .processes import Processes
+
+LOGGER = logging.getLogger("hf_mrpf")
+# What every journal begins with.
+_HEAD = b'{"subject": '
 
 
 class Journal:
     r"""
     Append-only file of JSON lines, to be used as a context manager while entries are added.
 
-    The first line says what the entries belong to; a file about anything else is begun anew. A last line that was cut
-    short is dropped. Floats come back bit for bit. On several processes the main one reads and writes the file, and
-    every process has the same entries.
+    The first line says what the entries belong to; a journal about anything else is moved aside, to the first free name
+    of `verdicts.jsonl.1` and so on, with a warning. A last line that was cut short is dropped. Floats come back bit for
+    bit. On several processes the main one reads and writes the file, and every process has the same entries.
 
     Args:
         path (`Path` or `str`, *optional*):
@@ -26,6 +32,9 @@ class Journal:
 
     Attributes:
         entries (`list[dict]`): what was found so far.
+
+    Raises:
+        ValueError: on every process, as the context begins, where the file is no journal: it is left as it is.
     """
 
     def __init__(self, path: Path | str | None, subject: Mapping[str, Any], processes: Processes | None = None):
@@ -35,8 +44,15 @@ class Journal:
         self.entries: list[dict[str, Any]] = []
 
     def __enter__(self) -> Self:
-        whole = self._read() if self.path is not None else b""
-        self.entries = self.processes.from_main(self.entries)
+        whole, refusal = b"", None
+        try:
+            whole = self._read()
+        except ValueError as error:
+            refusal = str(error)
+        # Told to all: the others would wait for a main process that stops alone.
+        self.entries, refusal = self.processes.from_main((self.entries, refusal))
+        if refusal is not None:
+            raise ValueError(refusal)
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("r+b" if whole else "wb")
@@ -64,17 +80,39 @@ class Journal:
         """Fills in the entries of a file on the same subject; the bytes that they take up, empty for any other file."""
         if self.path is None or not self.path.is_file():
             return b""
+        held = self.path.read_bytes()
+        if not _is_journal(held):
+            raise ValueError(
+                f"journal {self.path} holds something else, which would be lost: it needs a file of its own. Give "
+                "another name, or move this file"
+            )
         whole, found = b"", []
-        for line in self.path.read_bytes().splitlines(keepends=True):
+        for line in held.splitlines(keepends=True):
             content = _parse(line) if line.endswith(b"\n") else None
             if content is None:
                 break  # cut short, and with it whatever follows
             whole += line
             found.append(content)
-        if not found or found[0] != {"subject": self.subject}:
-            return b""
-        self.entries = found[1:]
-        return whole
+        if found[:1] == [{"subject": self.subject}]:
+            self.entries = found[1:]
+            return whole
+        if len(found) > 1:
+            self._keep(self.path)
+        return b""
+
+    def _keep(self, path: Path) -> None:
+        names = (path.with_name(f"{path.name}.{number}") for number in count(1))
+        kept = path.rename(next(name for name in names if not name.exists()))
+        LOGGER.warning("%s is of another measurement, such as one of other weights: kept as %s.", path, kept.name)
+
+
+def _is_journal(held: bytes) -> bool:
+    """Whether a file begins as one, or was cut short before its first line was whole."""
+    line, end, _ = held.partition(b"\n")
+    content = _parse(line)
+    if content is None:
+        return not end and line[: len(_HEAD)] == _HEAD[: len(line)]
+    return content.keys() == {"subject"} and isinstance(content["subject"], dict)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

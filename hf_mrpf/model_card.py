@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .results import ResultRow, accuracy_text, attack_title, markdown_table, measured, results_table, table_cells
 from .rounds import round_cells
+from .tokens import without_tokens
 
 __all__ = ["CardInfo", "PlanSummary", "ResultRow", "render_card", "results_table"]
 
@@ -260,7 +261,7 @@ def _eval_results(info: CardInfo, row: ResultRow) -> list[EvalResult]:
         arguments: dict[str, Any] = {"n": row.num_samples, "seed": row.seed, "wilson_95": [float(low), float(high)]}
         title = "Accuracy"
         if name != "clean":
-            title = f"Robust accuracy ({attack_title(name)}, {row.norm}, eps {row.eps:.4g})"
+            title = f"Robust accuracy ({attack_title(name, row.settings[name])}, {row.norm}, eps {row.eps:.4g})"
             arguments |= {"attack": name, "eps": float(row.eps), "norm": row.norm, **row.settings[name]}
         results.append(
             EvalResult(
@@ -304,6 +305,5 @@ def _public(value: Any) -> Any:
         return [_public(item) for item in value]
     if not isinstance(value, str):
         return value
-    value = re.sub(r"\bhf_[A-Za-z0-9]{16,}\b", "hf_***", value)
-    value = re.sub(r"(--[\w-]*tok\w*[= ])\S+", r"\1***", value)
+    value = without_tokens(value)
     return re.sub(r"(?<![\w:/.…])(?:~|\.{1,2}|[A-Za-z]:)?(?:[/\\][\w.+@-]+)+[/\\]([\w.+@-]+)", r"…/\1", value)

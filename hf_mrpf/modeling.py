@@ -331,7 +331,9 @@ class PrunedForImageClassification(PreTrainedModel):
                 "convert greyscale images to RGB"
             )
         pixels = (pixel_values - self.image_mean.view(3, 1, 1)) / self.image_std.view(3, 1, 1)
-        logits = _logits(self.backbone(pixels.to(self.dtype)))
+        # A replica of `nn.DataParallel` has no parameters to ask.
+        dtype = _dtype_of_replica(self) if "_is_replica" in vars(self) else self.dtype
+        logits = _logits(self.backbone(pixels.to(dtype)))
         loss = None if labels is None else F.cross_entropy(logits, labels)
         if return_dict is False or (return_dict is None and not self.config.return_dict):
             return (logits,) if loss is None else (loss, logits)
@@ -500,6 +502,12 @@ def with_new_head(model: PrunedForImageClassification, id2label: dict[int, str])
     )
     other.train(model.training)
     return other.to(model.device)
+
+
+def _dtype_of_replica(model: PrunedForImageClassification) -> torch.dtype:
+    """What `model.dtype` says of the original."""
+    former: Any = [getattr(module, "_former_parameters", {}).values() for module in model.modules()]
+    return next((tensor.dtype for tensors in former for tensor in tensors if tensor.is_floating_point()), torch.float32)
 
 
 def _apply_record(network: nn.Module, record: Any) -> None:
@@ -1104,13 +1112,37 @@ def _from_hub(
     if lost := sorted(key for key in info["missing_keys"] if shapes.get(key, ())[:1] != (config.num_labels,)):
         raise ValueError(f"{name}: {_weights_file(name, lost[0])} lacks {lost[0]!r} ({len(lost)} such tensors)")
     found = _from_transformers_model(model, labels, size, kwargs)
-    if processor.do_normalize:
-        found |= {"image_mean": processor.image_mean, "image_std": processor.image_std}
+    try:
+        found |= _normalisation(processor)
+    except ValueError as error:
+        raise ValueError(
+            f"{name}: preprocessor_config.json: {error}. Correct it in a copy of the repository, and give its folder"
+        ) from error
     if getattr(processor, "do_flip_channel_order", False):
         # These weights were trained on BGR images; this class takes RGB.
         first = next(module for module in found["network"].modules() if isinstance(module, nn.Conv2d))
         first.weight.data = first.weight.data.flip(1)
     return found
+
+
+def _normalisation(processor: Any) -> dict[str, list[float]]:
+    """`image_mean` and `image_std` that make of pixels in [0, 1] what the processor makes of pixels in [0, 255]."""
+    mean, std, factor = [0.0] * 3, [1.0] * 3, 1
+    if processor.do_rescale:
+        factor = processor.rescale_factor
+        if type(factor) not in (int, float) or not math.isfinite(factor) or factor <= 0:
+            raise ValueError(f"rescale_factor must be a finite number above 0, got {reprlib.repr(factor)}")
+    own = processor.do_normalize, getattr(processor, "include_top", False)
+    if any(own):
+        given = _checked_channels("image_std", processor.image_std, positive=True)
+        if processor.do_normalize:
+            mean = _checked_channels("image_mean", processor.image_mean)
+        # EfficientNet's top was trained on what is divided once more.
+        std = [each ** sum(map(bool, own)) for each in given]
+    if processor.do_rescale and getattr(processor, "rescale_offset", False):
+        mean = [each + 1 for each in mean]
+    scale = 255 * factor
+    return {"image_mean": [each / scale for each in mean], "image_std": [each / scale for each in std]}
 
 
 def _small_conv(like: nn.Module, width: int) -> nn.Conv2d:

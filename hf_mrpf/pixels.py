@@ -12,6 +12,8 @@ from PIL import Image as PillowImage
 logger = logging.getLogger(__name__)
 
 HEADER_BYTES = 8
+# The `id` of a feature of labels that came as plain integers: its class names are no more than their numbers.
+NUMBERED = "numbered"
 
 
 def as_pixel_dataset(
@@ -23,6 +25,7 @@ def as_pixel_dataset(
 ) -> Dataset:
     """
     Decodes a data set once, to columns `pixel_values` (uint8 tensors `[3, H, W]`) and `labels` (a `ClassLabel`).
+    Where labels are plain integers, the classes are named by their numbers, up to the highest that occurs.
 
     The result is an ordinary memory-mapped data set in the cache of `datasets`, found again by the next call. Images
     become RGB (grey is repeated, transparency dropped). With `image_size` they are resized to a square of that size
@@ -116,6 +119,12 @@ def checked_labels(dataset: Dataset, column: str, names: list[str] | None) -> tu
     return labels, names
 
 
+def own_class_names(dataset: Dataset) -> list[str] | None:
+    """The class names of a pixel data set; None where its labels were plain integers, whose names are made up."""
+    labels = dataset.features["labels"]
+    return None if labels.id == NUMBERED else getattr(labels, "names", None)
+
+
 def first_shape(dataset: Dataset, column: str, image_size: int | None) -> tuple[int, int]:
     """Height and width that the pixels will have, as far as the first row tells."""
     if isinstance(dataset.features[column], Image):
@@ -154,6 +163,7 @@ def pack(
 ) -> Dataset:
     """The rows (None: all) as bytes, each behind a header of its shape, under the format that unpacks them."""
     decode = isinstance(dataset.features[columns[0]], Image)
+    mark = None if isinstance(dataset.features[columns[1]], ClassLabel) else NUMBERED
     if decode:
         dataset = dataset.with_format(None).cast_column(columns[0], Image(decode=False))
     else:
@@ -164,7 +174,7 @@ def pack(
         with_indices=True,
         fn_kwargs={"columns": columns, "shape": shape, "rows": rows, "image_size": image_size},
         remove_columns=dataset.column_names,
-        features=Features({"pixel_values": Value("binary"), "labels": ClassLabel(names=class_names)}),
+        features=Features({"pixel_values": Value("binary"), "labels": ClassLabel(names=class_names, id=mark)}),
         desc="Decoding images",
     )
     return packed.with_transform(unpack)

@@ -290,7 +290,7 @@ def _width_left(unit: PruningUnit, kept: Any) -> int:
 def trace_for(plan: PruningPlan, model: nn.Module) -> UnitGraph:
     """The units of a model as the plan cuts them: channels of heads, or whole heads."""
     heads = any(unit.kind == "heads" for unit in plan.units)
-    return trace_units(model, torch.zeros(plan.example_shape), heads=heads, check=False)
+    return trace_units(model, torch.zeros(plan.example_shape, device="cpu"), heads=heads, check=False)
 
 
 def _describe(unit: tuple[int, tuple[str, ...]] | None) -> str:

@@ -216,7 +216,8 @@ def plan_pruning(
 
     latency = None
     if by_clock:
-        images = torch.rand(latency_batch_size, *example.shape[1:], generator=torch.Generator().manual_seed(0))
+        noise = torch.Generator().manual_seed(0)
+        images = torch.rand(latency_batch_size, *example.shape[1:], generator=noise, device="cpu")
         candidates = Candidates(choose, lambda widths: graph.size(widths)[metric] / before[metric], metric)
         widths, multiple, latency = plan_by_clock(
             Clock(model, graph, keep, images, processes), candidates,
@@ -286,7 +287,7 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
     graph = trace_for(plan, model)
     check_fits(plan, graph)
     # At the very widths of the plan: those that planning tried were others.
-    check_removal(model, torch.zeros(plan.example_shape), graph, plan.kept)
+    check_removal(model, torch.zeros(plan.example_shape, device="cpu"), graph, plan.kept)
     if weights_sha256(model) != plan.weights_sha256:
         warnings.warn(
             "the model's weights are not those that the plan was made on: its choice of channels may not suit them.",

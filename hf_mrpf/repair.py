@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from .attacks import AttackConfig, eval_mode
 from .calibration import attacked_batches
+from .folding import the_input
 from .plan import PruningPlan, trace_for
 from .processes import Processes
 from .units import UnitGraph
+from .weight_scores import precise
 
 MAX_INPUTS = 8192
 # Elements of one block of image patches: 64 MB in float64.
@@ -198,7 +200,7 @@ def input_moments(
             if module.bias is not None:
                 patches = torch.cat([patches, patches.new_ones(len(patches), 1)], dim=1)
             # Rounded to float32, a moment of many inputs would not be positive definite.
-            patches = patches.double()
+            patches = precise(patches)
             sums[name].addmm_(patches.T, patches)
             counts[name] += len(patches)
 
@@ -219,17 +221,17 @@ def input_moments(
 def _no_moment(layer: nn.Module) -> Tensor:
     weight = cast(Layer, layer).weight
     inputs = weight[0].numel() + (layer.bias is not None)
-    return weight.new_zeros(inputs, inputs, dtype=torch.float64)
+    return precise(weight.new_empty(0)).new_zeros(inputs, inputs)
 
 
 @contextmanager
 def _hooked(model: nn.Module, layers: Sequence[str], see: Callable[[str, nn.Module, Tensor], None]) -> Iterator[None]:
     """Show `see` the input of each named layer, during forward passes inside the context only (no attack's)."""
 
-    def hook(name: str) -> Callable[[nn.Module, tuple], None]:
-        return lambda module, inputs: see(name, module, inputs[0])
+    def hook(name: str) -> Callable[[nn.Module, tuple, dict], None]:
+        return lambda module, inputs, named: see(name, module, the_input(inputs, named))
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in layers]
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in layers]
     try:
         yield
     finally:
@@ -265,11 +267,11 @@ def _refit(
     damping: float,
     scale: list[float] | None,
 ) -> tuple[float, float]:
-    weight = old.weight.double()[outputs].flatten(1)
+    weight = precise(old.weight)[outputs].flatten(1)
     size = weight.shape[1] // old.weight.shape[1]
     columns = [channel * size + tap for channel in channels for tap in range(size)]
     if old.bias is not None:
-        weight = torch.cat([weight, old.bias.double()[outputs, None]], dim=1)
+        weight = torch.cat([weight, precise(old.bias)[outputs, None]], dim=1)
         columns.append(weight.shape[1] - 1)
     gram = moment[columns][:, columns]
     ridge = damping * gram.diagonal().mean()

@@ -6,8 +6,11 @@ from typing import Any, Self
 
 from .report import RobustnessReport
 
-LOSS_TITLES = {"ce": "cross-entropy"}
-ATTACK_TITLES = {"fgsm": "FGSM", "pgd20": "PGD-20", "cw": "CW-PGD"}
+LOSS_TITLES = {"ce": "cross-entropy", "dlr": "difference of logits ratio"}
+ATTACK_TITLES = {
+    **{"fgsm": "FGSM", "pgd20": "PGD-20", "pgd50x5": "PGD-50 x5", "cw": "CW-PGD", "autoattack": "AutoAttack"},
+    **{"apgd_ce": "APGD-CE", "apgd_t": "APGD-T", "fab_t": "FAB-T", "square": "Square"},
+}
 
 
 @dataclass(frozen=True)
@@ -90,12 +93,25 @@ def measured(row: ResultRow, *, intervals: bool = True) -> str:
     """How the accuracies of a row were measured, in one sentence for each attack."""
     text = [f"n = {row.num_samples} images{', Wilson 95 % intervals' if intervals else ''}, seed {row.seed}."]
     for name, used in row.settings.items():
-        steps = f"{used['steps']} step{'s' if used['steps'] > 1 else ''} of {used['step_size']:.4g}"
-        loss = LOSS_TITLES.get(used["loss"], used["loss"])
-        start = "random start" if used["random_start"] else "no random start"
-        runs = f", {used['restarts']} restarts" if used["restarts"] > 1 else ""
-        text.append(f"{attack_title(name)}: {row.norm} eps = {row.eps:.4g}, {steps} on the {loss}, {start}{runs}.")
+        parts = [f"{attack_title(part)} {_how(how)}" for part, how in used.get("parts", {}).items()]
+        told = "; ".join(parts) or _how(used)
+        differs = f" It differs from the standard set: {used['differs']}." if "differs" in used else ""
+        text.append(f"{attack_title(name, used)}: {row.norm} eps = {row.eps:.4g}, {told}.{differs}")
     return " ".join(text)
+
+
+def _how(used: Mapping[str, Any]) -> str:
+    """Steps or queries, loss, targets or starts of one attack."""
+    kind, count = ("query", "queries") if "queries" in used else ("step", "steps")
+    amount = used.get("queries", used.get("steps"))
+    length = f" of {used['step_size']:.4g}" if "step_size" in used else ""
+    loss = LOSS_TITLES.get(used["loss"], used["loss"])
+    told = [f"{amount} {kind if amount == 1 else count}{length} on the {loss}"]
+    told += [f"{used['targets']} targets"] if "targets" in used else []
+    if "random_start" in used:
+        told.append("random start" if used["random_start"] else "no random start")
+    told += [f"{used['restarts']} restarts"] if used.get("restarts", 1) > 1 else []
+    return ", ".join(told)
 
 
 def table_cells(rows: Sequence[ResultRow], *, intervals: bool = True) -> list[list[str]]:
@@ -110,7 +126,7 @@ def table_cells(rows: Sequence[ResultRow], *, intervals: bool = True) -> list[li
     first = rows[0]
     batches = list(first.latency)
     attacks = [name for name in first.accuracies if name != "clean"]
-    heading = ["model", "clean", *map(attack_title, attacks), "parameters", "MACs"]
+    heading = ["model", "clean", *(attack_title(name, first.settings[name]) for name in attacks), "parameters", "MACs"]
     heading += [f"ms, batch {batch}" for batch in batches] + ["file"]
     table = [heading]
     for row in rows:
@@ -131,9 +147,10 @@ def markdown_table(cells: Sequence[Sequence[str]]) -> str:
     return "\n".join([heading, rule, *lines])
 
 
-def attack_title(name: str) -> str:
-    """How an attack is called in tables."""
-    return ATTACK_TITLES.get(name, name)
+def attack_title(name: str, settings: Mapping[str, Any] | None = None) -> str:
+    """How an attack is called in tables; by its settings in a report, whether it is the set that is known as that."""
+    reduced = " (not the standard set)" if settings and settings.get("standard") is False else ""
+    return f"{ATTACK_TITLES.get(name, name)}{reduced}"
 
 
 def accuracy_text(row: ResultRow, name: str, *, interval: bool = True) -> str:

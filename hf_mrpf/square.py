@@ -1,7 +1,8 @@
 """Square Attack: random search by squares of pixels, which looks at logits, never at gradients (arXiv 1912.00049)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,9 @@ def square_attack(
     images, labels = images.detach(), labels.detach()
     if attack.eps == 0 or not len(images):
         return images.clone()
-    propose = PROPOSALS[attack.norm]
+    propose, pixels = PROPOSALS[attack.norm], images.new_empty(0)
+    # Few edges among thousands of queries, each of which would wait for a copy to the device.
+    bump = cache(lambda edge: _bump(edge).to(pixels))
     with under_attack(model, images), torch.no_grad():
         layout = fast_layout(images)
         images = images.contiguous(memory_format=layout)
@@ -79,7 +82,7 @@ def square_attack(
                 )
                 if not len(place):
                     break
-            tried = propose(best, images, attack.eps, draws[:, query], query).contiguous(memory_format=layout)
+            tried = propose(best, images, attack.eps, draws[:, query], query, bump).contiguous(memory_format=layout)
             logits = logits_of(model(tried))
             margins, fooled = _margins(logits, labels), surely_wrong(logits, labels)
             better = (margins < lowest) | fooled
@@ -108,13 +111,15 @@ def _start_linf(images: Tensor, attack: AttackConfig, indices: Sequence[int], se
     stripes, draws = [], []
     for index in indices:
         generator = keyed_generator(seed, int(index))
-        stripes.append(torch.rand(channels, 1, width, generator=generator))
-        draws.append(torch.rand(attack.num_steps, 2 + channels, generator=generator))
+        stripes.append(torch.rand(channels, 1, width, generator=generator, device="cpu"))
+        draws.append(torch.rand(attack.num_steps, 2 + channels, generator=generator, device="cpu"))
     first = images + attack.eps * _signs(torch.stack(stripes).to(images))
     return first.clamp_(0, 1), torch.stack(draws).to(images)
 
 
-def _propose_linf(best: Tensor, images: Tensor, eps: float, draws: Tensor, query: int) -> Tensor:
+def _propose_linf(
+    best: Tensor, images: Tensor, eps: float, draws: Tensor, query: int, bump: Callable[[int], Tensor]
+) -> Tensor:
     """A square in which every channel is set to one end of its range."""
     height, width = images.shape[2:]
     inside = _inside(draws[:, :2], side(query, height, width), height, width)
@@ -129,20 +134,22 @@ def _start_l2(images: Tensor, attack: AttackConfig, indices: Sequence[int], seed
     grids, draws = [], []
     for index in indices:
         generator = keyed_generator(seed, int(index))
-        signs = _signs(torch.rand(rows * columns, channels, 1, 1, generator=generator))
-        turned = torch.rand(rows * columns, generator=generator) > 0.5
-        grid = torch.zeros(channels, height, width)
+        signs = _signs(torch.rand(rows * columns, channels, 1, 1, generator=generator, device="cpu"))
+        turned = torch.rand(rows * columns, generator=generator, device="cpu") > 0.5
+        grid = torch.zeros(channels, height, width, device="cpu")
         for number in range(rows * columns):
             top, left = number // columns * tile, number % columns * tile
             bump = _bump(tile).T if turned[number] else _bump(tile)
             grid[:, top : top + tile, left : left + tile] = signs[number] * bump
         grids.append(grid)
-        draws.append(torch.rand(attack.num_steps, 5 + channels, generator=generator))
+        draws.append(torch.rand(attack.num_steps, 5 + channels, generator=generator, device="cpu"))
     moved = torch.stack(grids).to(images)
     return (images + attack.eps * moved / lengths(moved)).clamp_(0, 1), torch.stack(draws).to(images)
 
 
-def _propose_l2(best: Tensor, images: Tensor, eps: float, draws: Tensor, query: int) -> Tensor:
+def _propose_l2(
+    best: Tensor, images: Tensor, eps: float, draws: Tensor, query: int, bump: Callable[[int], Tensor]
+) -> Tensor:
     """A bump added in one square, which gets what another one and the ball have to spare (algorithm 3 of the paper)."""
     channels, height, width = images.shape[1:]
     edge = max(side(query, height, width), 3) | 1  # odd, so that a bump has a middle
@@ -152,8 +159,7 @@ def _propose_l2(best: Tensor, images: Tensor, eps: float, draws: Tensor, query: 
     top, left = (_corner(draws[:, at], edge, extent) for at, extent in ((0, height), (1, width)))
     row = (torch.arange(height, device=images.device) - top[:, None]).clamp(0, edge - 1)
     column = (torch.arange(width, device=images.device) - left[:, None]).clamp(0, edge - 1)
-    bump = _bump(edge).to(images)
-    upright, turned = bump[row[:, :, None], column[:, None, :]], bump.T[row[:, :, None], column[:, None, :]]
+    upright, turned = (each[row[:, :, None], column[:, None, :]] for each in (bump(edge), bump(edge).T))
     pattern = torch.where(draws[:, 4, None, None] > 0.5, turned, upright)[:, None] * filled
     kept = moved * filled
     fresh = _signs(draws[:, 5:, None, None]) * pattern + kept / _by_channel(kept)
@@ -166,7 +172,7 @@ def _propose_l2(best: Tensor, images: Tensor, eps: float, draws: Tensor, query: 
 def _bump(edge: int) -> Tensor:
     """Two halves of opposite sign, each falling off from its middle, of length 1 together: eta of the paper."""
     if edge == 1:
-        return torch.ones(1, 1)
+        return torch.ones(1, 1, device="cpu")
     half = edge // 2
     bump = torch.cat([_pyramid(half, edge), -_pyramid(edge - half, edge)])
     return bump / bump.norm()
@@ -174,11 +180,11 @@ def _bump(edge: int) -> Tensor:
 
 def _pyramid(height: int, width: int) -> Tensor:
     """Rings around the middle of a rectangle; the k-th from within adds `1 / k**2` to all that it encloses."""
-    rows = (torch.arange(height) - height // 2).abs()
-    columns = (torch.arange(width) - width // 2).abs()
+    rows = (torch.arange(height, device="cpu") - height // 2).abs()
+    columns = (torch.arange(width, device="cpu") - width // 2).abs()
     rings = max(height // 2, width // 2) + 1
     ring = torch.maximum(rows[:, None], columns[None, :])
-    terms = 1 / torch.arange(1, rings + 1, dtype=torch.float32).square()
+    terms = 1 / torch.arange(1, rings + 1, dtype=torch.float32, device="cpu").square()
     # A pixel in ring r gets the terms of ring r and of all outer ones.
     return terms.flip(0).cumsum(0).flip(0)[ring]
 

@@ -169,7 +169,10 @@ def _line(
     costs = [_cost(rows, size, model) for size in ("macs", "parameters")]
     change = paired_by_seed(rows, others, ROBUST) if others and others[0]["cell"] != rows[0]["cell"] else None
     seeds = len({row["axes"].get("seed") for row in rows})
-    return [*map(str, label), *names, *figures, pruned, *costs, change.text(sign=True) if change else "", str(seeds)]
+    gain = change.text(sign=True) if change else ""
+    if change and len(change.values) < seeds:
+        gain += f" ({len(change.values)} of {seeds} seeds)"  # where the other has not finished
+    return [*map(str, label), *names, *figures, pruned, *costs, gain, str(seeds)]
 
 
 def _cost(rows: list[Row], size: str, model: str | None) -> str:

@@ -53,7 +53,7 @@ def read_rows(table: Path) -> list[Row]:
 
 
 def _refuse_other(table: Path) -> None:
-    """A journal begins a file about anything else anew, which here would cost days."""
+    """A journal moves one about anything else aside, which here would cost days."""
     if not table.is_file():
         return
     with table.open("rb") as file:

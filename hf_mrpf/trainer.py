@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,19 @@ from accelerate.utils import broadcast, broadcast_object_list
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import has_length
 
 from .allocation import reads
 from .attacks import eval_mode, logits_of
 from .augmentation import augment, mirror_keeps_class
-from .batchnorm import average_statistics, recalibrate_batchnorm
+from .batchnorm import average_statistics, has_batchnorm, recalibrate_batchnorm
 from .callbacks import SeedEachRank
-from .config import MRPFConfig
+from .config import MRPFConfig, adam_arguments
 from .data import calibration_batches, stratified_subset
 from .efficiency import count_macs, count_parameters
 from .loader import PixelRows, as_float, batches, collate_pixels, with_index
 from .objectives import Objective, ObjectiveOutput, get_objective
-from .pixels import as_pixel_dataset
+from .pixels import as_pixel_dataset, own_class_names
 from .plan import PruningPlan, removed_fraction
 from .processes import Processes
 from .progress import shows_progress
@@ -32,6 +34,8 @@ from .resumable import ResumableTrainer
 from .sensitivity import check_finite_weights, module_robustness_sensitivity
 from .units import pruning_units
 from .weight_perturbation import adversarial_weights
+
+LOGGER = logging.getLogger("hf_mrpf")
 
 # What each step of pruning is reported with.
 MEASURED = ("accuracy", "robust_accuracy", "adversarial_loss_gap")
@@ -108,8 +112,7 @@ class MRPFTrainer(ResumableTrainer):
             else:
                 eval_dataset = self._indexed(eval_dataset)
             train_dataset = self._pixels(train_dataset)
-        labels = train_dataset.features["labels"] if isinstance(train_dataset, Dataset) else None
-        keeps_class = mirror_keeps_class(getattr(labels, "names", None))
+        keeps_class = mirror_keeps_class(own_class_names(train_dataset) if isinstance(train_dataset, Dataset) else None)
         self.horizontal_flip = keeps_class if args.horizontal_flip is None else args.horizontal_flip
         if self._num_labels is None and isinstance(train_dataset, Dataset):
             _check_classes(model, train_dataset)
@@ -135,7 +138,11 @@ class MRPFTrainer(ResumableTrainer):
             return dataset
         pixels = as_pixel_dataset(dataset, self._image_size)
         classes = getattr(pixels.features["labels"], "num_classes", None)
-        if self._num_labels is not None and classes is not None and classes != self._num_labels:
+        if self._num_labels is None or classes is None:
+            return pixels
+        # Integers without names tell of no class above the highest one that occurs.
+        fits = classes == self._num_labels if own_class_names(pixels) else classes <= self._num_labels
+        if not fits:
             raise ValueError(
                 f"The data set has {classes} classes and the model {self._num_labels}; "
                 f"build the model with num_labels={classes}."
@@ -159,6 +166,29 @@ class MRPFTrainer(ResumableTrainer):
         if (pixels := inputs.get("pixel_values")) is not None and not pixels.is_floating_point():
             inputs = {**inputs, "pixel_values": as_float(pixels)}  # bytes have crossed to the device
         return inputs
+
+    def get_train_dataloader(self):
+        """As in `Trainer`; a last batch of a single image is left out where the model has BatchNorm."""
+        given = self.args.dataloader_drop_last
+        if not given and self._leaves_a_single_image():
+            if self.is_world_process_zero():
+                LOGGER.warning(
+                    "The last batch of an epoch, a single image, is left out: BatchNorm cannot train on one. Another "
+                    "per_device_train_batch_size than %d would use it.",
+                    self.args.per_device_train_batch_size,
+                )
+            self.args.dataloader_drop_last = True
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.args.dataloader_drop_last = given  # it holds for evaluations as well, which count every image
+
+    def _leaves_a_single_image(self) -> bool:
+        dataset: Any = self.train_dataset
+        if not has_length(dataset) or not has_batchnorm(self.accelerator.unwrap_model(self.model)):
+            return False
+        filled_up = self.args.world_size > 1 and self.accelerator.even_batches
+        return len(dataset) > self._train_batch_size and len(dataset) % self._train_batch_size == 1 and not filled_up
 
     def get_eval_dataloader(self, eval_dataset=None):
         """As in `Trainer`, with raw image columns decoded."""
@@ -337,8 +367,7 @@ class MRPFTrainer(ResumableTrainer):
     def get_optimizer_cls_and_kwargs(args, model=None):
         """As in `Trainer`; `"adam"` is `torch.optim.Adam`."""
         if args.optim == "adam":
-            betas = (args.adam_beta1, args.adam_beta2)
-            return torch.optim.Adam, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
+            return torch.optim.Adam, adam_arguments(args)
         return Trainer.get_optimizer_cls_and_kwargs(args, model)
 
     def _prepare_for_training(self, *args, **kwargs):
@@ -363,9 +392,9 @@ class MRPFTrainer(ResumableTrainer):
         if self.teacher is not None:
             found["teacher"] = self.teacher
         attacked = self.accelerator.unwrap_model(model)
-        output = self.objective(
-            model, images, labels, self.args.attack, beta=self.args.beta, attacked=attacked, **found
-        )
+        # Accelerate's autocast is inside of the model: an attack that is told of it casts each weight once.
+        attack = dataclasses.replace(self.args.attack, dtype="bfloat16") if self.args.bf16 else self.args.attack
+        output = self.objective(model, images, labels, attack, beta=self.args.beta, attacked=attacked, **found)
         if not isinstance(getattr(output, "loss", None), torch.Tensor):
             raise ValueError(f"The objective returned a {type(output).__name__}; it must return an ObjectiveOutput.")
         if not torch.isfinite(output.loss):

@@ -283,7 +283,8 @@ def _check_some(model: nn.Module, example: Tensor, graph: UnitGraph, kept: Mappi
 
     What fails there may fail for the size of the image, or for rounding: float64 at the full size decides.
     """
-    small = torch.zeros(1, example.shape[1], *(min(side, _CHECKED_SIDE) for side in example.shape[2:]))
+    sides = [min(side, _CHECKED_SIDE) for side in example.shape[2:]]
+    small = torch.zeros(1, example.shape[1], *sides, device="cpu")
     if not _takes(model, small.to(example.dtype)):
         small = example
     try:
@@ -342,7 +343,7 @@ def _some(graph: UnitGraph, unit: PruningUnit, generator: torch.Generator) -> An
     def choose(width: int) -> list[int]:
         count = max(1, width // 3 if width >= _WIDE else 2 * width // 3)
         count -= count > 1 and count % 2 == 0
-        return sorted(torch.randperm(width, generator=generator)[:count].tolist())
+        return sorted(torch.randperm(width, generator=generator, device="cpu")[:count].tolist())
 
     if unit.kind == "channels":
         return choose(unit.width)

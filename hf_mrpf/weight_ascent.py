@@ -48,9 +48,9 @@ class RobustLoss:
 
     @property
     def in_half(self) -> bool:
-        """Whether passes round coarsely: by the dtype of the attack, or by an autocast that is on."""
+        """Whether passes may round coarsely: by the dtype of the attack, an autocast that is on, or TF32 on a GPU."""
         device = next(self.model.parameters()).device
-        return self.attack.dtype != "float32" or torch.is_autocast_enabled(device.type)
+        return self.attack.dtype != "float32" or torch.is_autocast_enabled(device.type) or device.type != "cpu"
 
     @contextmanager
     def changing_only(self, pieces: Sequence[Piece]) -> Iterator[None]:

@@ -14,12 +14,17 @@ if TYPE_CHECKING:
 _SQUARES = 2**18
 
 
+def precise(tensor: Tensor) -> Tensor:
+    """In float64, where its device is: on the CPU for a GPU of Apple's, which knows none."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
 @torch.no_grad()
 def squared_norms(group: "Group") -> Tensor:
     """What `GroupMagnitudeImportance(p=2)` gives, to the bit, without three copies of the weights of every side."""
     import torch_pruning as tp
 
-    total, count = torch.zeros(1 + max(group[0].root_idxs)), 0
+    total, count = torch.zeros(1 + max(group[0].root_idxs), device="cpu"), 0
     for item in group.items:
         layer, function = item.dep.layer, item.dep.pruning_fn
         weight = layer.weight
@@ -31,7 +36,7 @@ def squared_norms(group: "Group") -> Tensor:
         if inputs and isinstance(layer, nn.Conv2d):
             squares = squares.repeat(layer.groups)
         indices = torch.tensor(item.idxs, device=squares.device)
-        total.scatter_add_(0, torch.tensor(item.root_idxs), squares[indices].float().cpu())
+        total.scatter_add_(0, torch.tensor(item.root_idxs, device="cpu"), squares[indices].float().cpu())
         count += 1
     total /= count
     return total / total.mean()
@@ -66,7 +71,7 @@ def summed_distances(group: "Group") -> Tensor:
     Where several filters write a channel they count as one long one. Argument and result as for [`l1_norms`].
     """
     # In float64: a matrix product gives the small distance of two large filters to half of the digits only.
-    squares = torch.stack([_squared_distances(rows.double()).cpu() for rows in _filters(group)]).sum(0)
+    squares = torch.stack([_squared_distances(precise(rows)).cpu() for rows in _filters(group)]).sum(0)
     return squares.sqrt().sum(1)
 
 
@@ -84,6 +89,6 @@ def _filters(group: "Group") -> Iterator[Tensor]:
         # A depthwise layer scales and spreads what others write.
         if item.dep.pruning_fn in (tp.prune_conv_out_channels, tp.prune_linear_out_channels):
             weight = item.dep.layer.weight.detach()
-            order = torch.tensor(item.root_idxs).argsort(stable=True)
-            indices = torch.tensor(item.idxs)[order].to(weight.device)
+            order = torch.tensor(item.root_idxs, device="cpu").argsort(stable=True)
+            indices = torch.tensor(item.idxs, device="cpu")[order].to(weight.device)
             yield weight[indices].reshape(width, -1)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from process_group import on_processes
 from torch import nn
 
-from hf_mrpf import AttackConfig, evaluate_robustness, load_image_data, pgd_attack
+from hf_mrpf import AttackConfig, evaluate_robustness, load_image_data, pgd_attack, square
 from hf_mrpf.apgd import apgd_attack, checkpoints, targeted_loss
 from hf_mrpf.data import as_pixel_dataset
 from hf_mrpf.fab import fab_attack, to_hyperplane
@@ -137,6 +137,29 @@ def test_squares_shrink_on_the_published_schedule():
     # sqrt(0.8 * 32 * 32) = 28.6, halved areas after 10, 50, 200, ... queries.
     assert [side(query, 32, 32) for query in (0, 10, 11, 51, 201, 501, 4001)] == [29, 29, 20, 14, 10, 7, 3]
     assert side(0, 4, 9) == 4 and side(9000, 8, 8) == 1
+
+
+def test_a_bump_of_an_edge_is_made_once_however_many_queries_move_it(monkeypatch):
+    made = []
+    monkeypatch.setattr("hf_mrpf.square._bump", lambda edge, real=square._bump: [made.append(edge), real(edge)][1])
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3))
+    images = torch.full((1, 3, 16, 16), 0.5)
+    labels = net(images).argmax(1)
+    start = square._start_l2(images, AttackConfig("l2", 1e-4), [0], 0)
+    assert start[0].shape == images.shape
+    first = len(made)
+    square_attack(net, images, labels, AttackConfig("l2", 1e-4, num_steps=60), indices=[0])
+    # Edges of 15, 11 and 7 pixels.
+    assert sorted(made[2 * first :]) == [7, 11, 15]
+
+
+@pytest.mark.parametrize("norm, eps", BALLS)
+def test_square_answers_alike_whatever_device_is_the_default(digits, norm, eps):
+    net, images, labels = digits[0], *(rows[:4] for rows in digits[1:])
+    attack = AttackConfig(norm, eps, num_steps=20)
+    expected = attacked("square", net, images, labels, attack)
+    with torch.device("meta"):
+        assert torch.equal(square_attack(net, images, labels, attack, indices=range(4)), expected)
 
 
 def test_two_classes_up_to_ten_are_named_for_what_is_run():

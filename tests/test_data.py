@@ -106,6 +106,17 @@ def test_statistics_are_those_of_the_training_pixels(digits):
     assert np.allclose(digits.image_std, pixels.std((0, 2, 3), correction=0), atol=1e-6)
 
 
+@pytest.mark.parametrize("value", [0, 77, 255])
+def test_a_constant_channel_is_only_shifted(tmp_path, load, value):
+    pixels = [np.asarray(image).copy() for image in random_images(30)]
+    for image in pixels:
+        image[..., 2] = value
+    images = image_dataset([PillowImage.fromarray(image) for image in pixels], [0, 1, 2] * 10)
+    data = load(save(tmp_path / "set", train=images, test=images))
+    assert data.image_std[2] == 1 and max(data.image_std[:2]) < 0.5
+    assert data.image_mean[2] == pytest.approx(value / 255, abs=1e-6)
+
+
 def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match="install scikit-learn or name a data set"):
@@ -149,7 +160,7 @@ def test_integer_labels_are_taken_from_a_column_called_label(tmp_path, load):
     folder = save(tmp_path / "set", train=plain(30, 0), test=plain(6, 1))
     data = load(folder)
     assert data.class_names == ["0", "1", "2"]
-    assert data.train.features["labels"] == ClassLabel(names=["0", "1", "2"])
+    assert data.train.features["labels"].names == ["0", "1", "2"]
     folder = save(
         tmp_path / "renamed",
         train=plain(30, 0).rename_column("label", "kind"),

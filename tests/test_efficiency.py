@@ -2,13 +2,22 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 from torch import nn
 
-from hf_mrpf.efficiency import count_macs, count_parameters, file_size, measure_latency, processor_name
+from hf_mrpf.efficiency import (
+    _wait_for,
+    count_macs,
+    count_parameters,
+    device_name,
+    file_size,
+    measure_latency,
+    processor_name,
+)
 
 
 class _Sleeper(nn.Module):
@@ -126,6 +135,22 @@ def test_latency_waits_for_the_gpu(monkeypatch):
     monkeypatch.setattr("hf_mrpf.efficiency._wait_for", lambda images: waits.append(images.shape[0]))
     measure_latency({"model": nn.Identity()}, 4, batch_size=5, rounds=2, warmup=0)
     assert waits == [5] * 4  # before and after each pass
+
+
+def test_any_kind_of_accelerator_is_waited_for_and_no_cpu(monkeypatch):
+    waits = []
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    monkeypatch.setattr(torch.accelerator, "synchronize", waits.append)
+    for kind in ("cpu", "mps", "meta"):
+        _wait_for(SimpleNamespace(device=torch.device(kind)))
+    assert waits == [torch.device("mps")]
+    assert device_name(torch.device("mps")) == f"{processor_name()}, by mps"
+
+
+def test_latency_is_measured_where_the_model_is_whatever_device_is_the_default():
+    models = {"model": nn.Flatten(), "weighted": nn.Sequential(nn.Flatten(), nn.Linear(48, 2))}
+    with torch.device("meta"):
+        assert measure_latency(models, 4, rounds=1, warmup=0).keys() == models.keys()
 
 
 def test_latency_refuses_nonsense():

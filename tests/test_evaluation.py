@@ -8,6 +8,7 @@ from importlib import metadata
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from torch import nn
@@ -388,3 +389,35 @@ def test_paired_difference_refuses_different_images_and_attacks(report):
         paired_difference(report, stronger, "pgd20")
     with pytest.raises(ValueError, match=r"no verdicts under 'pgd7'; it has clean, fgsm, pgd20, cw"):
         paired_difference(report, report, "pgd7")
+
+
+def test_evaluation_is_in_float32_wherever_accelerate_has_put_its_autocast():
+    seen = set()
+
+    class Watched(nn.Conv2d):
+        def forward(self, images):
+            output = super().forward(images)
+            backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+            seen.add((output.dtype, *(backend.fp32_precision for backend in backends)))
+            return output
+
+    def precisions():
+        return torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+
+    network = nn.Sequential(Watched(3, 4, 3), nn.Flatten(), nn.LazyLinear(2))
+    images, labels = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 0, 1])
+    network(images)
+    prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare(network)
+    before = precisions()
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        for model in (prepared, nn.Sequential(prepared)):
+            seen.clear()
+            report = evaluate_robustness(model, (images, labels), ["pgd20"])
+            assert (seen, report.dtype) == ({(torch.float32, "ieee", "ieee")}, "float32")
+            assert precisions() == (before[0], "tf32")
+            seen.clear()
+            model(images)
+            assert {dtype for dtype, *_ in seen} == {torch.bfloat16}, "afterwards it is as it was"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before[1]

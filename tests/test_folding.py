@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
 from torch import nn
 
 from hf_mrpf import AttackConfig, PrunedForImageClassification, pgd_attack
@@ -80,6 +81,31 @@ def test_every_norm_of_a_network_is_folded_and_logits_move_by_rounding_alone(nam
     # Channels last, convolutions sum in another order.
     assert (folded - expected).abs().max() <= 1e-12 * expected.abs().max()
     assert learnt(net) == sum(isinstance(module, nn.BatchNorm2d) for module in net.modules())
+
+
+class ByName(nn.Module):
+    """`block()` with every layer called by the name of its argument, which timm's norm has another one for."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = layers
+        self.layers[4] = BatchNormAct2d(8)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(**{"x" if isinstance(layer, BatchNormAct2d) else "input": x})
+        return x
+
+
+def test_layers_that_are_called_by_the_name_of_their_argument_are_folded_too():
+    net = randomised(ByName(block())).double()
+    images = IMAGES.double()
+    with torch.no_grad(), frozen(net):
+        expected = net(images)
+        with folded_batchnorm(net, images):
+            assert (net(images) - expected).abs().max() <= 1e-12 * expected.abs().max()
+    assert learnt(net) == 2
+    assert pgd_attack(net, images, torch.arange(6) % 5, AttackConfig(num_steps=1)).shape == images.shape
 
 
 def test_an_attack_finds_the_same_images_with_and_without():

@@ -1,5 +1,7 @@
 """Importances against short formulas written here, and the traps of torch-pruning's classes."""
 
+from types import SimpleNamespace
+
 import pytest
 import timm
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 
 from hf_mrpf.importance import IMPORTANCES, get_importance
 from hf_mrpf.units import trace_units
+from hf_mrpf.weight_scores import precise
 
 
 class Chain(nn.Module):
@@ -118,6 +121,31 @@ def test_fisher_is_half_the_mean_square_of_the_derivative_by_a_gate_that_all_rea
     (derivatives,) = torch.autograd.grad(loss, model.gates)
     both = derivatives[:, :3] + derivatives[:, 3:]  # the same channel of either group goes with the other
     torch.testing.assert_close(scores["left"], (both**2).sum(0) / (2 * 5), rtol=1e-4, atol=0)
+
+
+def test_fisher_waits_for_the_device_once_an_image(monkeypatch):
+    model, copies = Gated().eval(), []
+    groups = traced(model)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor, real=torch.Tensor.cpu: [copies.append(1), real(tensor)][1])
+    scores = IMPORTANCES["fisher"](model, groups, [(torch.rand(5, 3, 8, 8), torch.randint(3, (5,)))], 0)
+    assert len(copies) == 5 + len(scores)
+
+
+@pytest.mark.parametrize("name", IMPORTANCES)
+def test_scores_are_alike_whatever_device_is_the_default(name):
+    model = Gated().eval()
+    groups, batches = traced(model), [(torch.rand(3, 3, 8, 8), torch.randint(3, (3,)))]
+    expected = IMPORTANCES[name](model, groups, batches, 0)
+    with torch.device("meta"):
+        found = IMPORTANCES[name](model, groups, batches, 0)
+    assert all(torch.equal(found[unit], expected[unit]) for unit in expected)
+
+
+def test_float64_of_a_gpu_that_knows_none_is_on_the_cpu():
+    values = torch.rand(3)
+    on_gpu = SimpleNamespace(device=torch.device("mps"), cpu=lambda: values)  # it has no double
+    assert torch.equal(precise(on_gpu), values.double()) and precise(on_gpu).device.type == "cpu"
+    assert precise(values.to("meta")).device.type == "meta"
 
 
 def filters_of(model):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Array3D, ClassLabel, Dataset, Features, Image, Value, concatenate_datasets, load_dataset
-from test_data import animals, save
+from test_data import animals, image_dataset, random_images, save
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -161,6 +161,16 @@ def test_training_mirrors_what_the_classes_allow(tmp_path, given, mirrors):
     seen = {image.numpy().tobytes() for image in torch.cat(trainer.model.images)}
     known = {image.numpy().tobytes() for images, _ in batches(animal, 30) for image in images}
     assert (trainer.horizontal_flip, not seen <= known) == (mirrors, mirrors)
+
+
+def test_classes_without_names_are_mirrored_though_there_are_ten(tmp_path):
+    numbers = image_dataset(random_images(30), [row % 10 for row in range(30)], names="0123456789")
+    plain = numbers.cast_column("label", Value("int64"))
+    assert trainer_of(tmp_path, plain).horizontal_flip
+    data = load_image_data(save(tmp_path / "set", train=plain, test=plain), cache_dir=str(tmp_path / "cache"))
+    assert data.class_names == list("0123456789")
+    assert trainer_of(tmp_path, data.train.select(range(20))).horizontal_flip, "decoded and cut before"
+    assert not trainer_of(tmp_path, numbers).horizontal_flip
 
 
 def test_loading_is_fast():

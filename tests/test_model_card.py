@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import ModelCard
 
+from hf_mrpf import AttackConfig
 from hf_mrpf.model_card import CardInfo, PlanSummary, ResultRow, render_card, results_table
+from hf_mrpf.named_attacks import ATTACKS, settings_of
 from hf_mrpf.report import RobustnessReport, wilson_interval
 
 COSTS = {"parameters": 157_042, "macs": 6_204_000, "file_size": 650_123, "latency": {"1": 1.512, "64": 21.53}}
@@ -201,6 +203,32 @@ def test_terminal_table_has_the_cells_of_the_page_without_intervals(info):
         assert f"| {' | '.join(cells)} |" in page
     assert table[5].startswith("n = 500 images") and table[5] in page
     assert results_table([json.loads(json.dumps(asdict(row))) for row in info.rows]).splitlines() == table
+
+
+@pytest.mark.parametrize("classes", [10, 2])
+def test_every_attack_that_can_be_measured_can_be_shown(info, classes):
+    attack = AttackConfig(eps=0.2)
+    names = [name for name, specs in ATTACKS.items() if specs]
+    settings = {name: settings_of(name, attack, classes) for name in names}
+    right = dict.fromkeys(("clean", *names), 100)
+    report = replace(
+        _report(481, 330, 331),
+        attacks=dict.fromkeys(names, 0.2),
+        intervals={name: wilson_interval(100, 500) for name in right},
+        settings=settings,
+        verdicts={name: [True] * 100 + [False] * 400 for name in right},
+    )
+    row = ResultRow.from_report("fine-tuned", report)
+    page = render_card(replace(info, rows=[row], control=None)).text
+    table = results_table([row])
+    for text in (page, table):
+        assert "Square: linf eps = 0.2, 5000 queries on the margin" in text
+        assert "PGD-50 x5: linf eps = 0.2, 50 steps of 0.01 on the cross-entropy, random start, 5 restarts." in text
+        if classes == 10:
+            assert "AutoAttack: linf eps = 0.2, APGD-CE 100 steps on the cross-entropy, random start; APGD-T" in text
+            assert "9 targets, random start; FAB-T" in text and "standard set" not in text
+        else:
+            assert "AutoAttack (not the standard set)" in text and "It differs from the standard set: 1 of 9" in text
 
 
 def test_rows_without_costs_leave_blanks(info):

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from importlib import import_module
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import (
     AutoModelForImageClassification,
     ConvNextImageProcessor,
     DeiTConfig,
+    EfficientNetImageProcessor,
     MobileViTConfig,
     MobileViTForImageClassification,
     MobileViTImageProcessor,
@@ -21,6 +23,7 @@ from transformers import (
     ResNetForImageClassification,
     ViTConfig,
     ViTForImageClassification,
+    ViTImageProcessor,
     ViTModel,
 )
 
@@ -251,6 +254,60 @@ def test_transformers_folder_brings_its_normalisation_and_channel_order(tmp_path
     assert from_backbone(str(tmp_path)).config.image_mean == [0.1, 0.2, 0.3]
 
 
+CHANNELS = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+
+
+@pytest.fixture(scope="module")
+def resnet_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resnet")
+    ResNetForImageClassification(ResNetConfig(**TINY_RESNET, num_labels=3)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (ViTImageProcessor, {}),
+        (ViTImageProcessor, {"do_normalize": False}),
+        (ViTImageProcessor, {"rescale_factor": 1 / 127.5}),
+        (ViTImageProcessor, {"rescale_factor": 1 / 127.5, "do_normalize": False}),
+        (ViTImageProcessor, {"do_rescale": False}),
+        (ViTImageProcessor, {"do_rescale": False, "do_normalize": False}),
+        (EfficientNetImageProcessor, {}),
+        (EfficientNetImageProcessor, {"include_top": False}),
+        (EfficientNetImageProcessor, {"do_normalize": False}),
+        (EfficientNetImageProcessor, {"rescale_offset": True, "rescale_factor": 1 / 127.5}),
+        (EfficientNetImageProcessor, {"rescale_offset": True, "include_top": False, "do_normalize": False}),
+        (EfficientNetImageProcessor, {"rescale_offset": True, "do_rescale": False}),
+    ],
+)
+def test_a_transformers_network_gets_the_pixels_that_its_processor_would_give_it(resnet_folder, kind, options):
+    processor = kind(**CHANNELS, **options, do_resize=False)
+    processor.save_pretrained(resnet_folder)
+    model = from_backbone(str(resnet_folder), image_size=32)
+    pixels, given = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8), []
+    model.backbone.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0]))
+    model(pixels / 255)
+    expected = processor(list(pixels), return_tensors="pt")["pixel_values"].float()
+    assert torch.allclose(given[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rescale_factor": 0}, "rescale_factor must be a finite number above 0, got 0"),
+        ({"rescale_factor": "x"}, "rescale_factor must be a finite number above 0, got 'x'"),
+        ({"image_std": [0.1, 0, 0.1]}, "image_std must be above 0"),
+        ({"image_mean": [0.5]}, "image_mean must be 3 finite numbers"),
+    ],
+)
+def test_a_processor_that_no_normalisation_could_follow_is_refused(resnet_folder, options, message):
+    content = {"image_processor_type": "ViTImageProcessor", "do_rescale": True, "do_normalize": True}
+    (resnet_folder / "preprocessor_config.json").write_text(json.dumps(content | CHANNELS | options))
+    with pytest.raises(ValueError, match=rf"{resnet_folder.name}.*: preprocessor_config.json: {message}"):
+        from_backbone(str(resnet_folder))
+
+
 def test_a_config_with_two_classification_classes_gets_the_plain_one():
     config = DeiTConfig(**TINY_VIT, image_size=32)
     assert type(from_backbone(config, num_labels=3).backbone).__name__ == "DeiTForImageClassification"
@@ -352,6 +409,20 @@ def test_forward_normalises_and_returns_loss_and_logits(saved):
 def test_forward_refuses_other_images(saved, images, message):
     with pytest.raises(ValueError, match=message):
         saved[0](images)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_replicas_of_data_parallel_answer_like_the_original(saved, monkeypatch, dtype):
+    model, images = copy.deepcopy(saved[0]).to(dtype), saved[2]
+    # Stands for the copies on other devices, which are not leaves either; all else is PyTorch's own.
+    module = import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(
+        module, "_broadcast_coalesced_reshape", lambda tensors, devices, detach: [[t * 1 for t in tensors]]
+    )
+    monkeypatch.setattr(module, "_get_device_index", lambda device, optional: device)
+    (replica,) = module.replicate(model, [0])
+    assert not list(replica.parameters())
+    assert torch.equal(replica(images).logits, model(images).logits)
 
 
 def test_statistics_stay_float32_in_every_dtype(saved):

@@ -24,6 +24,7 @@ from hf_mrpf.fingerprint import weights_sha256
 from hf_mrpf.modeling import PrunedForImageClassification
 from hf_mrpf.plan import PruningPlan
 from hf_mrpf.pruning import plan_pruning, prune
+from hf_mrpf.repair import repair
 from hf_mrpf.sensitivity import module_robustness_sensitivity
 from hf_mrpf.units import pruning_units
 
@@ -57,6 +58,23 @@ def test_a_pruned_vgg16_equals_its_masked_original():
         )
 
     check_family(build, 32, targets=(0.3, 0.5, 0.7))
+
+
+def test_plans_removals_and_repairs_are_alike_whatever_device_is_the_default():
+    dense, images = narrow_resnet().eval(), torch.rand(4, 3, 32, 32)
+    batches, attack = [(images, torch.arange(4))], AttackConfig(num_steps=1)
+
+    def pruned():
+        plan = plan_pruning(dense, images, allocation="uniform")
+        smaller = prune(copy.deepcopy(dense), plan)
+        repair(smaller, dense, plan, batches, attack)
+        return weights_sha256(smaller)
+
+    expected = pruned()
+    with torch.device("meta"):
+        assert pruned() == expected
+        # What it takes is another time each time.
+        assert plan_pruning(dense, images, allocation="uniform", target=0.8, round_to="auto").latency
 
 
 def test_channels_kept_by_hand_give_the_same_network():

@@ -76,6 +76,34 @@ def test_a_convolution_and_a_linear_layer_equal_the_naive_least_squares_fit():
         assert report.errors[name][1] == pytest.approx(error.item(), rel=1e-4)
 
 
+class ByName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3), nn.GroupNorm(1, 8)
+        self.second, self.classes = nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, images):
+        hidden = self.second(input=self.norm(input=self.first(input=images)).relu()).relu()
+        return self.classes(input=hidden.mean((2, 3)))
+
+
+class ByPosition(ByName):
+    def forward(self, images):
+        return self.classes(self.second(self.norm(self.first(images)).relu()).relu().mean((2, 3)))
+
+
+def test_layers_that_are_called_by_the_name_of_their_argument_are_planned_and_repaired_alike():
+    images, labels = torch.rand(20, 3, 8, 8), torch.zeros(20, dtype=torch.long)
+    repaired = []
+    for kind in (ByName, ByPosition):
+        torch.manual_seed(0)
+        dense = kind().eval()
+        pruned, plan = pruned_copy(dense, images)
+        assert set(repair(pruned, dense, plan, [(images, labels)], ATTACK).errors) == {"second", "classes"}
+        repaired.append(pruned(images))
+    assert torch.equal(*repaired)
+
+
 @pytest.mark.parametrize("damping", [1e-6, 1e-3, 1.0, 100.0])
 def test_no_layer_gets_worse_at_any_damping_and_errors_are_the_measured_ones(damping):
     dense = ConcatFlatten().eval()

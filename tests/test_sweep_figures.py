@@ -186,6 +186,14 @@ def test_a_table_compares_with_the_line_that_else_agrees(made):
     assert changes[("magnitude", "0.5")] == "" and changes[("dense", "")] == ""
 
 
+def test_a_table_says_of_how_many_seeds_a_difference_is_where_the_other_line_has_fewer(made):
+    _, rows = made("controls={}")
+    some = [row for row in rows if row["axes"].get("importance") != "magnitude" or row["axes"]["seed"] == 0]
+    _, lines = table_of(summary_table(some, against={"importance": "magnitude"}))
+    changes = {tuple(line[:2]): line[-2:] for line in lines}
+    assert changes[("random", "0.5")] == ["-5.0 (1 of 2 seeds)", "2"]
+
+
 def test_a_table_compares_objectives_which_have_dense_models_of_their_own(made):
     _, rows = made("controls={}", "grid.objective=[trades, pgd]", "grid.target=[0.5]")
     for row in rows:

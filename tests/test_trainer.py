@@ -4,8 +4,10 @@ import copy
 import dataclasses
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
+from datasets import Array3D, ClassLabel, Dataset, Features, Value
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -354,6 +356,40 @@ def test_bad_models_and_data_are_refused_before_anything_is_written(tmp_path, da
     assert not folder.exists()
 
 
+def test_numbered_labels_may_leave_the_highest_classes_out_but_not_go_beyond(tmp_path, model):
+    def numbered(highest: int, **names) -> Dataset:
+        labels = [label % (highest + 1) for label in range(20)]
+        values = np.zeros((20, 3, 16, 16), np.uint8)
+        features = Features(
+            pixel_values=Array3D((3, 16, 16), "uint8"), labels=ClassLabel(**names) if names else Value("int64")
+        )
+        return Dataset.from_dict({"pixel_values": values, "labels": labels}, features=features)
+
+    trainer = MRPFTrainer(model, quick(tmp_path), numbered(9), {"all": numbered(9), "few": numbered(8)})
+    assert set(trainer.evaluate()) >= {"eval_all_accuracy", "eval_few_accuracy"}
+    with pytest.raises(ValueError, match="data set has 11 classes and the model 10"):
+        MRPFTrainer(model, quick(tmp_path), numbered(9), numbered(10))
+    with pytest.raises(ValueError, match="data set has 9 classes and the model 10"):
+        MRPFTrainer(model, quick(tmp_path), numbered(9), numbered(8, num_classes=9))
+
+
+@pytest.mark.parametrize(("normalised", "steps"), [(True, 2), (False, 4)], ids=["BatchNorm", "none"])
+def test_a_last_batch_of_one_image_is_left_out_where_batchnorm_cannot_train_on_it(
+    tmp_path, data, caplog, normalised, steps
+):
+    net = plain_net()
+    if normalised:  # over a map of one pixel
+        net = nn.Sequential(*net[:3], nn.BatchNorm1d(8 * 16), net[3])
+    args = quick(tmp_path, objective="standard", num_train_epochs=2, per_device_eval_batch_size=13)
+    trainer = MRPFTrainer(net, args, data.train.select(range(33)), data.validation)
+    with caplog.at_level("WARNING", "hf_mrpf"):
+        trainer.train()
+    assert (trainer.state.global_step, trainer.state.epoch, trainer.state.max_steps) == (steps, 2, steps)
+    assert sum("a single image, is left out" in line for line in caplog.messages) == normalised
+    assert len(trainer.get_eval_dataloader()) == 4, "an evaluation counts every image, 40 in batches of 13"
+    assert [len(batch["labels"]) for batch in trainer.get_train_dataloader()] == [32, 1][: steps // 2]
+
+
 def test_an_evaluation_before_training_does_not_mark_the_model_as_prepared(tmp_path, data, model):
     trainer = MRPFTrainer(model, quick(tmp_path, max_steps=1), data.train, data.validation)
     trainer.evaluate()
@@ -397,6 +433,12 @@ def test_an_evaluation_before_training_does_not_mark_the_model_as_prepared(tmp_p
         ({"sensitivity_steps": 0}, r"sensitivity_steps=0 must be at least 1"),
         ({"sensitivity_steps": 3, "sensitivity_method": "first_order"}, r"goes with ascent or exact only"),
         ({"seed": -1}, r"seed=-1 must be at least 0"),
+        ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor=0.1 would change nothing: each objective"),
+        ({"bf16_full_eval": True}, r"bf16_full_eval would .*evaluation and pruning are in float32 here"),
+        ({"fp16_full_eval": True}, r"fp16_full_eval would .*evaluation and pruning are in float32 here"),
+        ({"optim": "adam", "optim_args": "momentum=0.9"}, r"optim_args='momentum=0.9' do not fit optim 'adam'"),
+        ({"optim": "adam", "optim_args": "amsgrad=maybe"}, r"takes beta1, beta2 and eps \(numbers\) and amsgrad"),
+        ({"optim": "adam", "optim_args": "beta1=0.5,0.9"}, r"optim_args='beta1=0.5,0.9' do not fit"),
         ({"max_ratio": "a"}, r"max_ratio=a must be in"),
     ],
 )
@@ -410,8 +452,29 @@ def test_config_defaults_follow_the_optimizer_and_survive_a_copy(tmp_path):
     assert (str(sgd.optim.value), sgd.learning_rate, sgd.optim_args) == ("sgd", 0.05, "momentum=0.9,nesterov=true")
     assert (adam.optim, adam.learning_rate, adam.optim_args) == ("adam", 1e-3, None)
     assert dataclasses.replace(adam, num_train_epochs=2).optim == "adam"
+    assert dataclasses.replace(sgd, optim="adam").optim_args is None
     assert MRPFConfig(output_dir=str(tmp_path), use_cpu=True).attack == AttackConfig()
     assert sgd.eval_attack == AttackConfig(eps=0.1, num_steps=2)
+
+
+def test_arguments_of_adam_reach_it(tmp_path, data):
+    args = quick(tmp_path, optim="adam", optim_args="beta1=0.5, eps=1e-6,amsgrad=True", adam_beta2=0.99)
+    defaults = MRPFTrainer(plain_net(), args, data.train).create_optimizer().defaults
+    assert (defaults["betas"], defaults["eps"], defaults["amsgrad"]) == ((0.5, 0.99), 1e-6, True)
+
+
+def test_with_bf16_the_attack_of_training_is_told_so(tmp_path, data, model):
+    told = []
+
+    def objective(network, images, labels, attack, **kwargs):
+        told.append(attack.dtype)
+        logits = network(images).logits
+        return ObjectiveOutput(nn.functional.cross_entropy(logits, labels), logits)
+
+    for half in (True, False):
+        args = quick(tmp_path / str(half), bf16=half, max_steps=1, objective=objective)
+        MRPFTrainer(model, args, data.train).train()
+    assert told == ["bfloat16", "float32"]
 
 
 def test_bf16_trains_in_it_and_measures_and_prunes_in_float32(tmp_path, data, model):
