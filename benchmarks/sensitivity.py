@@ -188,12 +188,12 @@ def agreement(model: nn.Module, images: Tensor, labels: Tensor, attack: AttackCo
     }
 
 
-def in_bfloat16(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """Largest difference of `exact` in bfloat16 from that in float32 on the same images, as a fraction of each."""
+def in_bfloat16(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, dict[str, float]]:
+    """`exact` in nats, and how far it is off in bfloat16 on the same images, as a fraction of it."""
     single, half = (
         module_robustness_sensitivity(model, [(images, labels)], passes_in(dtype), method="exact") for dtype in DTYPES
     )
-    return {name: abs(half[name] - score) / score for name, score in single.items()}
+    return {name: {"exact": score, "error": abs(half[name] - score) / score} for name, score in single.items()}
 
 
 def _least(pairs: Iterable[tuple[dict[str, float], ...]]) -> float:
@@ -280,12 +280,12 @@ def main() -> None:
         print(table(heads, shown))
         print(table(["images", "modules", "seconds"], [list(row.values()) for row in curve]))
     print(", ".join(f"Spearman, {name.replace('_', ' ')}: {value:.3f}" for name, value in found.items()))
-    errors = sorted(imprecise.values())
+    errors = sorted(module["error"] for module in imprecise.values())
     print(f"exact in bfloat16, relative error: median {median(errors):.4f}, largest {errors[-1]:.4f}")
     more = {
         "growth": curve,
         "spearman": found,
-        "bfloat16_relative_error": imprecise,
+        "bfloat16": imprecise,
         "dataset": Path(args.dataset).name,
     }
     more["narrow"] = {"network": args.base or "narrow, robust", "modules": len(imprecise), "images": half}
