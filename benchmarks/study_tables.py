@@ -195,7 +195,7 @@ def print_tables(rows: list[Row]) -> None:
             heads = ["steps", "allocations", "seeds", "uniform", "random, mean", "SD between", "SD of seeds"]
             print(table([*heads, "SD beyond seeds", "best - uniform", "fresh seeds"], lines))
         if lines := rule_rows(rows, place):
-            heads = ["rule", "0 steps", "SE", "20 steps", "SE", "seeds", "MACs %", "parameters %", "planning s"]
+            heads = ["rule", "0 steps", "SE", "20 steps", "SE", "seeds at 20", "MACs %", "parameters %", "planning s"]
             print(table(heads, lines))
         if lines := recovery_rows(rows, place):
             print(table(["steps", *WAYS], lines))

@@ -87,7 +87,7 @@ def apgd_attack(
 
     targeted, targets = targets is not None, labels if targets is None else targets.detach()
     with under_attack(model, images), torch.no_grad():
-        layout = fast_layout(images)
+        layout = fast_layout(model, images)
         images = images.contiguous(memory_format=layout)
         found = start.clone(memory_format=layout)
         now = found.clone()

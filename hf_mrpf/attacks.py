@@ -149,25 +149,25 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def in_own_dtype(model: nn.Module) -> Iterator[None]:
     """
     Let `model` compute in the dtype of its weights, and round as that dtype does: without the autocast that is on or
-    that accelerate has put around the forward of a module, and without TF32, whose factors have the 10 bits of half
-    precision. Afterwards all is as it was, also after an exception.
+    that accelerate has put around the forward of a module, and on a GPU without TF32, whose factors have the 10 bits of
+    half precision. Afterwards all is as it was, also after an exception. TF32 is a switch of the whole process.
     """
-    wrapped = {module: vars(module)["forward"] for module in model.modules() if "_original_forward" in vars(module)}
+    names = {"forward", "_original_forward"}
+    wrapped = {module: vars(module)["forward"] for module in model.modules() if names <= vars(module).keys()}
     device = next(model.parameters(), torch.zeros(())).device
-    cudnn, mkldnn = cast(Any, torch.backends.cudnn), cast(Any, torch.backends.mkldnn)
-    backends = [cudnn.conv, torch.backends.cuda.matmul, mkldnn.conv, mkldnn.matmul]
-    precisions = [backend.fp32_precision for backend in backends]
+    cuda = [cast(Any, torch.backends.cudnn).conv, torch.backends.cuda.matmul] if device.type == "cuda" else []
+    coarse = {backend: backend.fp32_precision for backend in cuda if backend.fp32_precision not in ("ieee", "none")}
     try:
         for module in wrapped:
             vars(module)["forward"] = vars(module)["_original_forward"]
-        for backend in backends:
+        for backend in coarse:
             backend.fp32_precision = "ieee"
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
         for module, forward in wrapped.items():
             vars(module)["forward"] = forward
-        for backend, precision in zip(backends, precisions, strict=True):
+        for backend, precision in coarse.items():
             backend.fp32_precision = precision
 
 
@@ -292,7 +292,7 @@ def pgd_attack(
         start = _random_start(images, attack, None) if attack.random_start else images
 
     with computing_in(attack, images), under_attack(model, images):
-        layout = fast_layout(images)
+        layout = fast_layout(model, images)
         images = images.contiguous(memory_format=layout)
         adversarial = start.detach().clone(memory_format=layout)
         # What images that have left the batch were left at, and the places of those that are in it still.

@@ -249,6 +249,8 @@ class MRPFConfig(TrainingArguments):
         wanted = str(getattr(self.optim, "value", self.optim))
         if self.optim_args is None and wanted == "sgd":
             self.optim_args = SGD_ARGUMENTS
+        elif self.optim_args == SGD_ARGUMENTS and wanted != "sgd":
+            self.optim_args = None  # those of a configuration for SGD that this one is a changed copy of
         if self.learning_rate is None:
             self.learning_rate = SGD_LEARNING_RATE if wanted == "sgd" else ADAM_LEARNING_RATE
         # transformers knows AdamW only; plain Adam is what the pruning literature compares SGD with.
@@ -256,8 +258,6 @@ class MRPFConfig(TrainingArguments):
         super().__post_init__()
         if wanted == "adam":
             self.optim = "adam"
-            # Those of a configuration for SGD that this one is a changed copy of.
-            self.optim_args = None if self.optim_args == SGD_ARGUMENTS else self.optim_args
             adam_arguments(self)
         if self.fp16:
             LOGGER.warning("--fp16: gradients of training attacks underflow in part; give --bf16 if the device has it.")

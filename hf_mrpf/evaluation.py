@@ -130,7 +130,8 @@ def evaluate_robustness(
     )  # fmt: skip
     blind, classes = 0, 0
     verdicts: dict[str, list[bool]] = {name: [] for name in ("clean", *names)}
-    with in_own_dtype(network), eval_mode(network), frozen(network), Journal(journal, subject, processes) as kept, bar:
+    verdicts_file = Journal(journal, subject, processes, keep=True)
+    with in_own_dtype(network), eval_mode(network), frozen(network), verdicts_file as kept, bar:
         known = Verdicts(kept, processes, batch_size, bar)
 
         def clean(indices: list[int], images: Tensor, labels: Tensor) -> list[str]:
@@ -212,7 +213,7 @@ def _clean_logits(
 ) -> tuple[Tensor, Tensor]:
     """Logits of the images, and which of them have no gradient anywhere (none, if it is not asked for)."""
     with torch.set_grad_enabled(gradient):
-        leaf = images.clone(memory_format=fast_layout(images)).requires_grad_(gradient)
+        leaf = images.clone(memory_format=fast_layout(model, images)).requires_grad_(gradient)
         logits = _finite_logits(model, leaf, indices)
         classes = logits.shape[1]
         outside = ((labels < 0) | (labels >= classes)).nonzero().flatten().tolist()
@@ -241,7 +242,7 @@ def _answers_under(run: Run, model: nn.Module, attack: AttackConfig, seed: int, 
 
 
 def _finite_logits(model: nn.Module, images: Tensor, indices: list[int]) -> Tensor:
-    logits = logits_of(model(images.contiguous(memory_format=fast_layout(images))))
+    logits = logits_of(model(images.contiguous(memory_format=fast_layout(model, images))))
     finite = logits.isfinite().all(1)
     if not finite.all():
         first = int((~finite).nonzero()[0])

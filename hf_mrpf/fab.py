@@ -48,7 +48,7 @@ def fab_attack(model: nn.Module, images: Tensor, labels: Tensor, attack: AttackC
     if attack.eps == 0 or not len(images):
         return found
     with under_attack(model, images), torch.no_grad():
-        layout = fast_layout(images)
+        layout = fast_layout(model, images)
         # Flat rows for the projections; the model gets them back in the layout that it is fastest in.
         shape, origins, place = images.shape[1:], images.flatten(1), torch.arange(len(images), device=images.device)
         points = origins.clone()

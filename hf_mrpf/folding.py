@@ -33,16 +33,22 @@ class Pair(NamedTuple):
 class _Known(NamedTuple):
     modules: list[nn.Module]
     pairs: list[Pair]
+    takes_channels_last: bool
 
 
 # Weak keys: what is known of a network ends with it. Its root is in no value, or it never would.
 _KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 
 
-def fast_layout(images: Tensor) -> torch.memory_format:
-    """The layout that convolutions are fastest in: channels last, but for single precision on a GPU."""
-    half = torch.is_autocast_enabled(images.device.type)
-    return torch.channels_last if half or images.device.type == "cpu" else torch.contiguous_format
+def fast_layout(model: nn.Module, images: Tensor) -> torch.memory_format:
+    """
+    The layout that convolutions are fastest in: channels last, but for single precision on a GPU.
+
+    Images stay as they are for a network that can't take the other, as one that calls `view` on what a convolution
+    returns: that is seen in the pass that [`folded_batchnorm`] makes as well.
+    """
+    wanted = images.device.type == "cpu" or torch.is_autocast_enabled(images.device.type)
+    return torch.channels_last if wanted and _known(model, images).takes_channels_last else torch.contiguous_format
 
 
 @contextmanager
@@ -60,8 +66,8 @@ def folded_batchnorm(model: nn.Module, images: Tensor) -> Iterator[None]:
         model (`nn.Module`): in eval mode, without gradients of parameters.
         images (`Tensor` of shape `[N, 3, H, W]`): what will be run through it; the first is looked at.
     """
-    modules = _plain_modules(model)
-    with _folded(_pairs(model, modules, images)), _converted(modules, images):
+    known, layout = _known(model, images), fast_layout(model, images)
+    with _folded(known.pairs), _converted(known.modules, images, layout):
         yield
 
 
@@ -69,32 +75,38 @@ def folded_batchnorm(model: nn.Module, images: Tensor) -> Iterator[None]:
 def folded_except(model: nn.Module, images: Tensor, weights: Iterable[Tensor]) -> Iterator[None]:
     """As [`folded_batchnorm`], but with those weights, which may then be changed, as they are; layouts stay."""
     spared = {id(weight) for weight in weights}
-    pairs = _pairs(model, _plain_modules(model), images)
-    with _folded([pair for pair in pairs if id(pair.convolution.weight) not in spared]):
+    with _folded([pair for pair in _known(model, images).pairs if id(pair.convolution.weight) not in spared]):
         yield
 
 
-def _plain_modules(model: nn.Module) -> list[nn.Module]:
-    """Every module below the root; none of a compiled network."""
+def _known(model: nn.Module, images: Tensor) -> _Known:
+    """What a pass of one image shows of a network; of a compiled one there is nothing to be known."""
     modules = list(model.modules())
-    return [] if any(map(is_compiled, modules)) else modules[1:]
-
-
-def _pairs(model: nn.Module, modules: list[nn.Module], images: Tensor) -> list[Pair]:
-    known = _KNOWN.get(model)
+    if not len(images) or any(map(is_compiled, modules)):
+        return _Known([], [], True)
+    known, modules = _KNOWN.get(model), modules[1:]
     # By identity: a module that was exchanged may have been one of a pair.
     if known is not None and list(map(id, known.modules)) == list(map(id, modules)):
-        return known.pairs
-    norms = sum(_name(module) in NORMS for module in modules)
-    if not norms or not len(images):
-        return []
+        return known
+    image, takes = images[:1], True
+    try:
+        pairs = _pairs(model, modules, image.contiguous(memory_format=torch.channels_last))
+    except RuntimeError as error:
+        if "view size is not compatible" not in str(error):
+            raise
+        pairs, takes = _pairs(model, modules, image), False
+    _KNOWN[model] = _Known(modules, pairs, takes)
+    return _KNOWN[model]
+
+
+def _pairs(model: nn.Module, modules: list[nn.Module], image: Tensor) -> list[Pair]:
     # Apart from the work itself, which is then the same bit for bit in a process that knows and in one that does not;
     # by its forward, since what hooks into the model is there to see that work.
-    precise, same_noise = torch.autocast(images.device.type, enabled=False), [images.device] if images.is_cuda else []
+    precise, same_noise = torch.autocast(image.device.type, enabled=False), [image.device] if image.is_cuda else []
     with torch.random.fork_rng(same_noise), torch.no_grad(), precise, _watched(modules) as pairs:
-        model.forward(images[:1])
-    _KNOWN[model] = _Known(modules, pairs)
+        model.forward(image)
     # Only what costs time is news to a user.
+    norms = sum(_name(module) in NORMS for module in modules)
     level = logging.DEBUG if len(pairs) == norms else logging.INFO
     LOGGER.log(level, "%d of %d BatchNorm layers are folded into convolutions during attacks.", len(pairs), norms)
     return pairs
@@ -198,8 +210,8 @@ def _folded(pairs: Sequence[Pair]) -> Iterator[None]:
 
 
 @contextmanager
-def _converted(modules: Sequence[nn.Module], images: Tensor) -> Iterator[None]:
-    """Weights of convolutions in the layout of the images and in the dtype of autocast, which keeps no frozen ones."""
+def _converted(modules: Sequence[nn.Module], images: Tensor, layout: torch.memory_format) -> Iterator[None]:
+    """Weights of convolutions in that layout and in the dtype of autocast, which keeps no frozen ones."""
     kind = images.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     kept: list[tuple[Any, nn.Parameter]] = []
@@ -208,7 +220,7 @@ def _converted(modules: Sequence[nn.Module], images: Tensor) -> Iterator[None]:
             weight = module._parameters.get("weight")
             if weight is not None and _name(module) in CONVOLUTIONS and _is_ordinary(module):
                 kept.append((module, weight))
-                converted = weight.detach().to(dtype=dtype, memory_format=fast_layout(images))
+                converted = weight.detach().to(dtype=dtype, memory_format=layout)
                 module.weight = nn.Parameter(converted, requires_grad=False)
         yield
     finally:

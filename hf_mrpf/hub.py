@@ -256,19 +256,15 @@ def write_record(
         "seed": settings.get("seed"),
     }
     info = CardInfo(**known | facts)
-    card = render_card(info)  # before anything is overwritten or removed: it may be refused
-    written = {"README.md"}
+    card = render_card(info)  # before anything is removed: it may be refused
+    for name in RECORD:
+        (folder / name).unlink(missing_ok=True)
     if plans:
         write_plans(plans, folder / "pruning_plan.json")
         plot_sensitivity(cast(Any, shown_plan(plans)), folder / "mrs.png")
-        written |= {"pruning_plan.json", "mrs.png"}
     if report is not None:
         report.save(folder / "robustness_report.json")
-        written |= {"robustness_report.json"}
     card.save(folder / "README.md")
-    for name in RECORD:
-        if name not in written:
-            (folder / name).unlink(missing_ok=True)
     return info
 
 

@@ -14,7 +14,7 @@ from types import FrameType
 import torch
 from transformers import TrainerCallback
 
-from .tokens import without_tokens
+from .tokens import words_without_tokens
 
 # Of the processes of a run one may get both: a terminal's Ctrl-C is a SIGINT to all, and launchers pass SIGTERM on.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -154,7 +154,8 @@ def own_command() -> str:
 
 def _shown(words: list[str]) -> str:
     # Given again, the option would start the run from its beginning.
-    return without_tokens(shlex.join(word for word in words if not word.startswith("--overwrite_output_dir")))
+    kept = (word for word in words if not word.startswith("--overwrite_output_dir"))
+    return shlex.join(words_without_tokens(kept))
 
 
 def _is_first() -> bool:

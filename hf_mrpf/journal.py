@@ -18,9 +18,10 @@ class Journal:
     r"""
     Append-only file of JSON lines, to be used as a context manager while entries are added.
 
-    The first line says what the entries belong to; a journal about anything else is moved aside, to the first free name
-    of `verdicts.jsonl.1` and so on, with a warning. A last line that was cut short is dropped. Floats come back bit for
-    bit. On several processes the main one reads and writes the file, and every process has the same entries.
+    The first line says what the entries belong to. A journal about anything else is begun anew or, with `keep`, moved
+    aside, to the first free name of `verdicts.jsonl.1` and so on, with a warning. A last line that was cut short is
+    dropped. Floats come back bit for bit. On several processes the main one reads and writes the file, and all of them
+    have the same entries.
 
     Args:
         path (`Path` or `str`, *optional*):
@@ -29,6 +30,8 @@ class Journal:
             Everything that the entries depend on, JSON values only.
         processes ([`Processes`], *optional*):
             Who takes part; every process must make the same calls.
+        keep (`bool`, *optional*, defaults to `False`):
+            Whether a journal about something else is kept beside the new one.
 
     Attributes:
         entries (`list[dict]`): what was found so far.
@@ -37,7 +40,15 @@ class Journal:
         ValueError: on every process, as the context begins, where the file is no journal: it is left as it is.
     """
 
-    def __init__(self, path: Path | str | None, subject: Mapping[str, Any], processes: Processes | None = None):
+    def __init__(
+        self,
+        path: Path | str | None,
+        subject: Mapping[str, Any],
+        processes: Processes | None = None,
+        *,
+        keep: bool = False,
+    ):
+        self.keep = keep
         self.processes = processes or Processes()
         self.path = Path(path) if path is not None and self.processes.is_main else None
         self.subject = json.loads(json.dumps(subject, allow_nan=False))
@@ -47,7 +58,7 @@ class Journal:
         whole, refusal = b"", None
         try:
             whole = self._read()
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             refusal = str(error)
         # Told to all: the others would wait for a main process that stops alone.
         self.entries, refusal = self.processes.from_main((self.entries, refusal))
@@ -96,11 +107,11 @@ class Journal:
         if found[:1] == [{"subject": self.subject}]:
             self.entries = found[1:]
             return whole
-        if len(found) > 1:
-            self._keep(self.path)
+        if len(found) > 1 and self.keep:
+            self._move_aside(self.path)
         return b""
 
-    def _keep(self, path: Path) -> None:
+    def _move_aside(self, path: Path) -> None:
         names = (path.with_name(f"{path.name}.{number}") for number in count(1))
         kept = path.rename(next(name for name in names if not name.exists()))
         LOGGER.warning("%s is of another measurement, such as one of other weights: kept as %s.", path, kept.name)

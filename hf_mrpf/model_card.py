@@ -261,8 +261,8 @@ def _eval_results(info: CardInfo, row: ResultRow) -> list[EvalResult]:
         arguments: dict[str, Any] = {"n": row.num_samples, "seed": row.seed, "wilson_95": [float(low), float(high)]}
         title = "Accuracy"
         if name != "clean":
-            title = f"Robust accuracy ({attack_title(name, row.settings[name])}, {row.norm}, eps {row.eps:.4g})"
-            arguments |= {"attack": name, "eps": float(row.eps), "norm": row.norm, **row.settings[name]}
+            title = f"Robust accuracy ({attack_title(name, row.settings.get(name))}, {row.norm}, eps {row.eps:.4g})"
+            arguments |= {"attack": name, "eps": float(row.eps), "norm": row.norm, **row.settings.get(name, {})}
         results.append(
             EvalResult(
                 task_type="image-classification",
@@ -286,10 +286,8 @@ def _images_text(steps: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _figures_text(row: ResultRow) -> str:
-    return " and ".join(
-        f"{accuracy_text(row, name)} {'clean' if name == 'clean' else f'under {attack_title(name)}'}"
-        for name in row.accuracies
-    )
+    titles = {name: f"under {attack_title(name, used)}" for name, used in row.settings.items()} | {"clean": "clean"}
+    return " and ".join(f"{accuracy_text(row, name)} {titles[name]}" for name in row.accuracies)
 
 
 def _kept_text(kept: Mapping[str, float]) -> str:

@@ -1139,7 +1139,8 @@ def _normalisation(processor: Any) -> dict[str, list[float]]:
             mean = _checked_channels("image_mean", processor.image_mean)
         # EfficientNet's top was trained on what is divided once more.
         std = [each ** sum(map(bool, own)) for each in given]
-    if processor.do_rescale and getattr(processor, "rescale_offset", False):
+    # Processors of other models are told of an offset by their configuration, and do not know it.
+    if processor.do_rescale and hasattr(type(processor), "rescale_offset") and processor.rescale_offset:
         mean = [each + 1 for each in mean]
     scale = 255 * factor
     return {"image_mean": [each / scale for each in mean], "image_std": [each / scale for each in std]}

@@ -107,7 +107,8 @@ def _how(used: Mapping[str, Any]) -> str:
     length = f" of {used['step_size']:.4g}" if "step_size" in used else ""
     loss = LOSS_TITLES.get(used["loss"], used["loss"])
     told = [f"{amount} {kind if amount == 1 else count}{length} on the {loss}"]
-    told += [f"{used['targets']} targets"] if "targets" in used else []
+    if targets := used.get("targets"):
+        told.append(f"{targets} target{'s' if targets > 1 else ''}")
     if "random_start" in used:
         told.append("random start" if used["random_start"] else "no random start")
     told += [f"{used['restarts']} restarts"] if used.get("restarts", 1) > 1 else []
@@ -126,7 +127,8 @@ def table_cells(rows: Sequence[ResultRow], *, intervals: bool = True) -> list[li
     first = rows[0]
     batches = list(first.latency)
     attacks = [name for name in first.accuracies if name != "clean"]
-    heading = ["model", "clean", *(attack_title(name, first.settings[name]) for name in attacks), "parameters", "MACs"]
+    titles = [attack_title(name, first.settings.get(name)) for name in attacks]
+    heading = ["model", "clean", *titles, "parameters", "MACs"]
     heading += [f"ms, batch {batch}" for batch in batches] + ["file"]
     table = [heading]
     for row in rows:

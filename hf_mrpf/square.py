@@ -67,7 +67,7 @@ def square_attack(
     # Few edges among thousands of queries, each of which would wait for a copy to the device.
     bump = cache(lambda edge: _bump(edge).to(pixels))
     with under_attack(model, images), torch.no_grad():
-        layout = fast_layout(images)
+        layout = fast_layout(model, images)
         images = images.contiguous(memory_format=layout)
         found, place = images.clone(), torch.arange(len(images), device=images.device)
         best, draws = STARTS[attack.norm](images, attack, indices, seed)

@@ -30,7 +30,7 @@ def append_row(table: Path, row: Mapping[str, Any]) -> None:
     # Tasks of a Slurm array end when they like, and share the file.
     with FileLock(str(table.with_suffix(".lock"))):
         _refuse_other(table)
-        with Journal(table, SUBJECT) as journal:
+        with Journal(table, SUBJECT, keep=True) as journal:
             journal.add(row)
 
 

@@ -112,8 +112,10 @@ class MRPFTrainer(ResumableTrainer):
             else:
                 eval_dataset = self._indexed(eval_dataset)
             train_dataset = self._pixels(train_dataset)
-        keeps_class = mirror_keeps_class(own_class_names(train_dataset) if isinstance(train_dataset, Dataset) else None)
-        self.horizontal_flip = keeps_class if args.horizontal_flip is None else args.horizontal_flip
+        names = own_class_names(train_dataset) if isinstance(train_dataset, Dataset) else None
+        self.horizontal_flip = mirror_keeps_class(names) if args.horizontal_flip is None else args.horizontal_flip
+        if args.horizontal_flip is None and _may_be_digits(train_dataset):
+            LOGGER.warning("Ten classes without names are mirrored in training; digits need horizontal_flip=False.")
         if self._num_labels is None and isinstance(train_dataset, Dataset):
             _check_classes(model, train_dataset)
         super().__init__(
@@ -425,6 +427,12 @@ class MRPFTrainer(ResumableTrainer):
                 return super().training_step(*args, **kwargs)
         finally:
             self._until_backward = None
+
+
+def _may_be_digits(dataset: Any) -> bool:
+    """Whether it has the labels 0 to 9, and no names of them."""
+    labels = dataset.features["labels"] if isinstance(dataset, Dataset) else None
+    return getattr(labels, "num_classes", None) == 10 and own_class_names(dataset) is None
 
 
 def _check_classes(model: nn.Module, dataset: Dataset) -> None:

@@ -374,7 +374,7 @@ def card_info(model, plans, reports, rows, stages, data: ImageData, args: MRPFCo
             "This run read the test split once, after every choice of its own had been made on the validation split.",
             f"Fine-tuned minus dense under PGD-20, image by image: {100 * change.difference:+.1f} points, "
             f"95 % interval [{100 * change.interval[0]:+.1f}, {100 * change.interval[1]:+.1f}].",
-            *([LONGER] if stages["fine-tuned"]["epochs"] else []),
+            *([LONGER] if any(stages[name].get("epochs") for name in stages.keys() - {"dense", "control"}) else []),
         ],
         versions=reports["fine-tuned"].versions,
         seed=args.seed,

@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import replace
 from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from PIL import Image as PILImage
 from torch import nn
 
 from hf_mrpf import named_attacks
-from hf_mrpf.attacks import AttackConfig
+from hf_mrpf.attacks import AttackConfig, in_own_dtype
 from hf_mrpf.evaluation import (
     ATTACKS,
     NamedAttack,
@@ -111,9 +112,9 @@ def test_attacked_are_only_the_correct_ones_in_eval_mode():
     model.train()
     model.norm.eval()
     evaluate_robustness(model, (images, labels), ("pgd20",), AttackConfig(eps=1e-6), batch_size=64)
-    assert model.batches[0] == (False, 64, torch.float32)
-    # One image shows which BatchNorm belongs to which convolution.
-    assert set(model.batches[1:]) == {(False, 1, torch.float32), (False, int(correct.sum()), torch.float32)}
+    # One image shows what layouts the network takes, and which BatchNorm belongs to which convolution.
+    assert model.batches[:2] == [(False, 1, torch.float32), (False, 64, torch.float32)]
+    assert set(model.batches[2:]) == {(False, int(correct.sum()), torch.float32)}
     assert model.training and not model.norm.training
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
@@ -121,7 +122,11 @@ def test_attacked_are_only_the_correct_ones_in_eval_mode():
 def test_clean_alone_is_one_forward_without_gradient():
     model, images, labels, *_ = _linear_problem()
     report = evaluate_robustness(model, (images, labels), ("clean",), batch_size=64)
-    assert len(model.batches) == 1 and report.attacks == {} and report.zero_gradient_share is None
+    assert (
+        [count for _, count, _ in model.batches] == [1, 64]
+        and report.attacks == {}
+        and report.zero_gradient_share is None
+    )
     assert list(report) == ["clean"]
 
 
@@ -397,27 +402,40 @@ def test_evaluation_is_in_float32_wherever_accelerate_has_put_its_autocast():
     class Watched(nn.Conv2d):
         def forward(self, images):
             output = super().forward(images)
-            backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-            seen.add((output.dtype, *(backend.fp32_precision for backend in backends)))
+            seen.add(output.dtype)
             return output
-
-    def precisions():
-        return torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
 
     network = nn.Sequential(Watched(3, 4, 3), nn.Flatten(), nn.LazyLinear(2))
     images, labels = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 0, 1])
     network(images)
     prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare(network)
+    for model in (prepared, nn.Sequential(prepared)):
+        seen.clear()
+        report = evaluate_robustness(model, (images, labels), ["pgd20"])
+        assert (seen, report.dtype) == ({torch.float32}, "float32")
+        seen.clear()
+        model(images)
+        assert seen == {torch.bfloat16}, "afterwards it is as it was"
+
+
+def test_on_a_gpu_products_are_of_float32_and_not_of_tf32():
+    class OnGpu(nn.Linear):
+        """Its weights say that they are on a GPU."""
+
+        def parameters(self, recurse=True):
+            return iter([SimpleNamespace(device=torch.device("cuda"))])
+
+    def precisions():
+        return torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+
     before = precisions()
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
-        for model in (prepared, nn.Sequential(prepared)):
-            seen.clear()
-            report = evaluate_robustness(model, (images, labels), ["pgd20"])
-            assert (seen, report.dtype) == ({(torch.float32, "ieee", "ieee")}, "float32")
-            assert precisions() == (before[0], "tf32")
-            seen.clear()
-            model(images)
-            assert {dtype for dtype, *_ in seen} == {torch.bfloat16}, "afterwards it is as it was"
+        with pytest.raises(KeyError), in_own_dtype(OnGpu(2, 2)):
+            assert precisions() == ("ieee", "ieee")
+            raise KeyError
+        assert precisions() == (before[0], "tf32")
+        with in_own_dtype(nn.Linear(2, 2)):
+            assert precisions() == (before[0], "tf32"), "a network on the CPU leaves the GPU's switches alone"
     finally:
         torch.backends.cuda.matmul.fp32_precision = before[1]

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import nn
 
-from hf_mrpf import AttackConfig, PrunedForImageClassification, pgd_attack
+from hf_mrpf import AttackConfig, PrunedForImageClassification, evaluate_robustness, pgd_attack
 from hf_mrpf.attacks import frozen, logits_of
-from hf_mrpf.folding import CONVOLUTIONS, folded_batchnorm
+from hf_mrpf.folding import CONVOLUTIONS, fast_layout, folded_batchnorm
 
 torch.set_num_threads(1)
 IMAGES = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -268,3 +268,24 @@ def test_bfloat16_reaches_convolutions_and_pixels_stay_float32():
 def test_convolutions_are_known_by_classes_that_exist():
     for module, name in CONVOLUTIONS:
         assert hasattr(__import__(module, fromlist=[name]), name)
+
+
+def test_a_network_that_cannot_take_channels_last_gets_images_as_they_are():
+    class Flat(nn.Module):
+        """Flattens by `view` what a convolution returns, as many a tutorial does."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4 * 36, 3)
+
+        def forward(self, images):
+            found = self.norm(self.conv(images))
+            return self.head(found.view(len(images), -1))
+
+    torch.manual_seed(0)
+    images, labels = torch.rand(6, 3, 8, 8), torch.arange(6) % 3
+    flat = Flat().eval()
+    report = evaluate_robustness(flat, (images, labels), ["clean", "pgd20", "square", "apgd_ce"], AttackConfig(eps=0.1))
+    same = nn.Sequential(flat.conv, flat.norm, nn.Flatten(), flat.head)
+    assert report.verdicts == evaluate_robustness(same, (images, labels), list(report), AttackConfig(eps=0.1)).verdicts
+    assert (fast_layout(flat, images), fast_layout(same, images)) == (torch.contiguous_format, torch.channels_last)

@@ -14,10 +14,12 @@ from hf_mrpf.interruption import Interrupted, own_command, resumable, stopping_b
 @pytest.mark.parametrize("option", ["--hub_token", "--hub-token", "--hub_tok", "--hub_t", "--hub-to"])
 @pytest.mark.parametrize("separate", [True, False])
 def test_the_command_shows_no_spelling_of_the_token_and_does_not_start_again(monkeypatch, option, separate):
-    given = [option, "SECRET"] if separate else [f"{option}=SECRET"]
+    given = [option, "SECRET WORDS"] if separate else [f"{option}=SECRET WORDS"]
+    harmless = ["--output_dir", "outputs/hf_mrpf-run", "--include_num_input_tokens_seen", "all"]
     monkeypatch.setattr(sys, "argv", ["prune.py"])
-    monkeypatch.setattr(sys, "orig_argv", ["python", "prune.py", *given, "--push_to_hub", "--overwrite_output_dir"])
-    assert own_command() == f"python prune.py {option}{' ' if separate else '='}*** --push_to_hub"
+    monkeypatch.setattr(sys, "orig_argv", ["python", "prune.py", *given, *harmless, "--overwrite_output_dir"])
+    shown = f"{option} '***'" if separate else f"'{option}=***'"
+    assert own_command() == f"python prune.py {shown} {' '.join(harmless)}"
 
 
 def test_outside_of_training_a_signal_ends_at_once_with_a_message_and_the_old_handlers_are_back(capsys):

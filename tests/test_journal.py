@@ -14,7 +14,7 @@ OURS, OTHER = {"weights": "a", "eps": 0.1}, {"weights": "b", "eps": 0.1}
 
 def entries(path, subject, *new):
     """What the journal knows of the subject as it begins; `new` is added."""
-    with Journal(path, subject) as journal:
+    with Journal(path, subject, keep=True) as journal:
         known = list(journal.entries)
         for entry in new:
             journal.add(entry)
@@ -38,6 +38,15 @@ def test_entries_of_another_subject_are_moved_aside_with_a_warning_each_time(tmp
     assert entries(tmp_path / "verdicts.jsonl.1", OURS) == [{"image": 0}]
     assert entries(tmp_path / "verdicts.jsonl.2", OTHER) == [{"image": 1}]
     assert entries(path, OURS) == [{"image": 2}]
+
+
+def test_entries_of_another_subject_are_gone_where_they_are_not_to_be_kept(tmp_path):
+    path = tmp_path / "sensitivity.jsonl"
+    for subject in (OURS, OTHER):
+        with Journal(path, subject) as journal:
+            assert journal.entries == []
+            journal.add({"score": 1.0})
+    assert [each.name for each in tmp_path.iterdir()] == ["sensitivity.jsonl"]
 
 
 def test_a_journal_without_entries_is_begun_anew(tmp_path, caplog):

@@ -163,14 +163,17 @@ def test_training_mirrors_what_the_classes_allow(tmp_path, given, mirrors):
     assert (trainer.horizontal_flip, not seen <= known) == (mirrors, mirrors)
 
 
-def test_classes_without_names_are_mirrored_though_there_are_ten(tmp_path):
+def test_classes_without_names_are_mirrored_and_that_is_said_where_there_are_ten(tmp_path, caplog):
     numbers = image_dataset(random_images(30), [row % 10 for row in range(30)], names="0123456789")
     plain = numbers.cast_column("label", Value("int64"))
     assert trainer_of(tmp_path, plain).horizontal_flip
+    assert "digits need horizontal_flip=False" in caplog.text
     data = load_image_data(save(tmp_path / "set", train=plain, test=plain), cache_dir=str(tmp_path / "cache"))
     assert data.class_names == list("0123456789")
     assert trainer_of(tmp_path, data.train.select(range(20))).horizontal_flip, "decoded and cut before"
+    caplog.clear()
     assert not trainer_of(tmp_path, numbers).horizontal_flip
+    assert "digits" not in caplog.text
 
 
 def test_loading_is_fast():
