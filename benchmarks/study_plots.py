@@ -10,7 +10,6 @@ from study_tables import (
     WAYS,
     Place,
     Row,
-    by_seed,
     differences,
     interval,
     mean_robust,
@@ -120,35 +119,38 @@ def recovery(rows: list[Row], places: list[Place]) -> Figure | None:
 
 def primary(rows: list[Row], places: list[Place]) -> Figure | None:
     """What the study was about."""
-    return on_test(rows, "primary")
+    return on_test(rows, places, "primary")
 
 
 def confirmation(rows: list[Row], places: list[Place]) -> Figure | None:
     """What the screening made likely."""
-    return on_test(rows, "confirmation")
+    return on_test(rows, places, "confirmation")
 
 
-def on_test(rows: list[Row], phase: str) -> Figure | None:
-    """Each seed's gain over `uniform`, with the t-interval of their mean."""
-    mine = select(rows, phase=phase)
-    arms = sorted({row["allocation"] for row in mine} - {"uniform"})
-    gained = {arm: differences(select(mine, allocation=arm), select(mine, allocation="uniform")) for arm in arms}
-    gained = {arm: values for arm, values in gained.items() if len(values) > 1}
-    if not gained:
+def on_test(rows: list[Row], places: list[Place], phase: str) -> Figure | None:
+    """Each seed's gain over `uniform`, with the t-interval of their mean, a panel for each place."""
+    found: dict[Place, dict[str, list[float]]] = {}
+    for place in places:
+        mine = select(of(rows, place), phase=phase)
+        for arm in sorted({row["allocation"] for row in mine} - {"uniform"}):
+            gained = differences(select(mine, allocation=arm), select(mine, allocation="uniform"))
+            if len(gained) > 1:
+                found.setdefault(place, {})[arm] = gained
+    if not found:
         return None
-    figure, axes = empty(1, width=6.4, height=1.4 + 0.6 * len(gained))
-    panel = axes[0]
-    for place, values in enumerate(gained.values()):
-        mean, half, _ = interval(values)
-        panel.errorbar([mean], [place], xerr=[half], fmt=MARKERS[0], color=COLOURS[0], capsize=3)
-        panel.plot(values, [place + 0.2] * len(values), "|", color=COLOURS[4], markersize=8)
-    panel.set_yticks(range(len(gained)), list(gained))
-    panel.set_ylim(-0.5, len(gained) - 0.3)
-    zero(panel, "x")
-    panel.set_xlabel("PGD-20 minus uniform (points): mean, 95 % interval, seeds")
-    seeds = len(by_seed(select(mine, allocation="uniform")))
-    where = title((mine[0]["network"], mine[0]["metric"], mine[0]["target"]))
-    panel.set_title(f"{phase}: {where}, 20 steps, {seeds} seeds, all test images", fontsize=9)
+    arms = max(map(len, found.values()))
+    figure, axes = empty(len(found), width=1.2 + 4.8 * len(found), height=1.6 + 0.6 * arms)
+    for panel, (place, gains) in zip(axes, found.items(), strict=True):
+        for height, values in enumerate(gains.values()):
+            mean, half, _ = interval(values)
+            panel.errorbar([mean], [height], xerr=[half], fmt=MARKERS[0], color=COLOURS[0], capsize=3)
+            panel.plot(values, [height + 0.2] * len(values), "|", color=COLOURS[4], markersize=8)
+        panel.set_yticks(range(len(gains)), list(gains))
+        panel.set_ylim(-0.5, len(gains) - 0.3)
+        zero(panel, "x")
+        panel.set_xlabel("PGD-20 minus uniform (points): mean, 95 % interval, seeds", fontsize=8)
+        seeds = max(map(len, gains.values()))
+        panel.set_title(f"{phase}: {title(place)}, 20 steps,\n{seeds} seeds, all test images", fontsize=9)
     return figure
 
 

@@ -200,9 +200,13 @@ def print_tables(rows: list[Row]) -> None:
         if lines := recovery_rows(rows, place):
             print(table(["steps", *WAYS], lines))
     equal = [*select(rows, phase="equal_macs"), *select(rows, phase="confirmation", allocation="damage")]
-    tests = {phase: (select(rows, phase=phase), "uniform") for phase in ("primary", "confirmation")}
-    for phase, (mine, reference) in (tests | {"equal MACs": (equal, "uniform at equal MACs")}).items():
+    tests = [("equal MACs", equal, "uniform at equal MACs")]
+    for phase in ("primary", "confirmation"):
+        mine = select(rows, phase=phase)
+        for place in sorted({(row["network"], row["metric"], row["target"]) for row in mine}):
+            tests.append((f"{phase}, {place[0]}, {100 * place[2]:g} % of {place[1]}", of(mine, place), "uniform"))
+    for name, mine, reference in tests:
         if lines := test_rows(mine, reference):
             heads = ["allocation", "seeds", "MACs %", "parameters %", "clean", "PGD-20"]
-            print(f"\n{phase}, all test images")
+            print(f"\n{name}, all test images")
             print(table([*heads, f"minus {reference} [95 %]", "p (Holm)"], lines))
