@@ -1,5 +1,6 @@
 """Pictures of the rows of allocation_study.py: readable in print and with any colour vision."""
 
+import math
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -65,7 +66,9 @@ def rules(rows: list[Row], places: list[Place]) -> Figure | None:
     chosen = [place for place in places if any(line[1] is not None for line in rule_rows(rows, place))]
     if not chosen:
         return None
-    figure, axes = empty(len(chosen), width=1.2 + 4.2 * len(chosen), height=4.2)
+    columns = min(2, len(chosen))
+    lines = math.ceil(len(chosen) / columns)
+    figure, axes = empty(len(chosen), width=1.2 + 4.2 * columns, height=0.4 + 3.9 * lines, columns=columns)
     for panel, place in zip(axes, chosen, strict=True):
         mine = select(of(rows, place), phase=("rules", "headroom"))
         found: dict[str, dict[int, tuple[float, float]]] = {}
@@ -88,7 +91,10 @@ def rules(rows: list[Row], places: list[Place]) -> Figure | None:
         zero(panel, "x")
         panel.set_xlabel("PGD-20 accuracy minus uniform (points)")
         panel.set_title(title(place), fontsize=10)
-        panel.legend(frameon=False, fontsize=8, loc="lower right")
+    known: dict[str, Any] = {}
+    for panel in axes:
+        known |= {name: mark for mark, name in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(known.values(), known.keys(), frameon=False, ncols=2, loc="outside lower center")
     return figure
 
 
@@ -154,13 +160,13 @@ def on_test(rows: list[Row], places: list[Place], phase: str) -> Figure | None:
     return figure
 
 
-def empty(panels: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure of panels side by side, in inches."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, panels, squeeze=False)[0]
-    for panel in axes:
+def empty(panels: int, width: float, height: float, columns: int | None = None) -> tuple[Figure, list[Axes]]:
+    """A figure of panels, in inches; side by side, or in so many columns."""
+    figure, columns = Figure(figsize=(width, height), layout="constrained"), columns or panels
+    places = [figure.add_subplot(math.ceil(panels / columns), columns, number + 1) for number in range(panels)]
+    for panel in places:
         panel.spines[["top", "right"]].set_visible(False)
-    return figure, list(axes)
+    return figure, places
 
 
 def zero(panel: Any, axis: str) -> None:

@@ -199,7 +199,9 @@ def print_tables(rows: list[Row]) -> None:
             print(table(heads, lines))
         if lines := recovery_rows(rows, place):
             print(table(["steps", *WAYS], lines))
-    equal = [*select(rows, phase="equal_macs"), *select(rows, phase="confirmation", allocation="damage")]
+    equal = select(rows, phase="equal_macs")
+    networks = tuple(row["network"] for row in equal)
+    equal += select(rows, phase="confirmation", allocation="damage", network=networks)
     tests = [("equal MACs", equal, "uniform at equal MACs")]
     for phase in ("primary", "confirmation"):
         mine = select(rows, phase=phase)
