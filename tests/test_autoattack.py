@@ -213,14 +213,14 @@ def shorter(monkeypatch, steps=20, queries=100):
 
 
 def verdicts_of(net, data, distributed):
-    return evaluate_robustness(
-        net, data, ("autoattack",), AttackConfig(eps=0.12), batch_size=8, distributed=distributed
-    ).verdicts
+    with pytest.MonkeyPatch.context() as monkeypatch:  # here, as another process knows nothing of a test's patches
+        shorter(monkeypatch, 6, 30)
+        return evaluate_robustness(
+            net, data, ("autoattack",), AttackConfig(eps=0.12), batch_size=8, distributed=distributed
+        ).verdicts
 
 
-@pytest.mark.slow
-def test_shares_of_two_processes_give_every_image_the_verdict_of_one(digits, monkeypatch):
-    shorter(monkeypatch, 6, 30)
+def test_shares_of_two_processes_give_every_image_the_verdict_of_one(digits):
     data = tuple(rows[:41] for rows in digits[1:])
     first, second = on_processes(2, verdicts_of, digits[0], data, True)
     assert first == second == verdicts_of(digits[0], data, False)
