@@ -286,7 +286,9 @@ def _images_text(steps: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _figures_text(row: ResultRow) -> str:
-    titles = {name: f"under {attack_title(name, used)}" for name, used in row.settings.items()} | {"clean": "clean"}
+    titles = {name: f"under {attack_title(name, row.settings.get(name))}" for name in row.accuracies} | {
+        "clean": "clean"
+    }
     return " and ".join(f"{accuracy_text(row, name)} {titles[name]}" for name in row.accuracies)
 
 

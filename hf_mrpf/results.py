@@ -102,11 +102,11 @@ def measured(row: ResultRow, *, intervals: bool = True) -> str:
 
 def _how(used: Mapping[str, Any]) -> str:
     """Steps or queries, loss, targets or starts of one attack."""
-    kind, count = ("query", "queries") if "queries" in used else ("step", "steps")
-    amount = used.get("queries", used.get("steps"))
+    one, many = ("query", "queries") if "queries" in used else ("step", "steps")
+    amount = used[many]
     length = f" of {used['step_size']:.4g}" if "step_size" in used else ""
     loss = LOSS_TITLES.get(used["loss"], used["loss"])
-    told = [f"{amount} {kind if amount == 1 else count}{length} on the {loss}"]
+    told = [f"{amount} {one if amount == 1 else many}{length} on the {loss}"]
     if targets := used.get("targets"):
         told.append(f"{targets} target{'s' if targets > 1 else ''}")
     if "random_start" in used:

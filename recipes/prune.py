@@ -80,6 +80,7 @@ from hf_mrpf.stages import (
     train,
     trained_stage,
 )
+from hf_mrpf.tokens import words_without_tokens
 
 ATTACKS = ("clean", "fgsm", "pgd20", "cw")
 # Of a stage whose plan hangs on measured times or losses, from when it is planned.
@@ -350,9 +351,7 @@ def card_info(model, plans, reports, rows, stages, data: ImageData, args: MRPFCo
     settings |= {"dense model started from": stages["dense"].get("start", "fresh weights")}
     settings |= {"backbone arguments": json.dumps(model.config.backbone.get("kwargs", {}))}
     control = reports.get("control")
-    command = "accelerate launch " + shlex.join(sys.argv)
-    if args.hub_token:
-        command = command.replace(args.hub_token, "***")
+    command = "accelerate launch " + shlex.join(words_without_tokens(sys.argv))
     change = paired_difference(reports["fine-tuned"], reports["dense"], "pgd20")
     return CardInfo(
         model_name=args.hub_model_id.split("/")[-1] if args.hub_model_id else Path(args.output_dir).name,

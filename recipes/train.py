@@ -58,6 +58,7 @@ from hf_mrpf.results import results_table
 from hf_mrpf.run_folder import RunFolder, write_json
 from hf_mrpf.stage_lines import evaluation_figures
 from hf_mrpf.stages import check_forced_place, dense_stage, run_folder, settle_augmentation, tell
+from hf_mrpf.tokens import words_without_tokens
 
 ATTACKS = ("clean", "fgsm", "pgd20", "cw")
 NOTE = (
@@ -145,7 +146,6 @@ def write_result(
     draft, stage = run.stage("result"), run.stage_result("dense") or {}
     shutil.rmtree(draft, ignore_errors=True)
     model.save_pretrained(draft)
-    command = "accelerate launch " + shlex.join(sys.argv)
     info = write_record(
         draft,
         model,
@@ -160,7 +160,7 @@ def write_result(
         dataset_config=data.description["dataset_config_name"],
         dataset_on_hub="/" in data.name,
         notes=[NOTE if split == "validation" else CONTROL_NOTE, *([run_args.card_note] if run_args.card_note else [])],
-        command=command.replace(args.hub_token, "***") if args.hub_token else command,
+        command="accelerate launch " + shlex.join(words_without_tokens(sys.argv)),
     )
     content = {"split": split, "table": [dataclasses.asdict(row) for row in info.rows]}
     content |= {"stages": {"dense": stage}, "data": data.description}
