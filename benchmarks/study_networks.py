@@ -63,6 +63,11 @@ def mobilenet() -> nn.Module:
     return Normalised(timm.create_model("mobilenetv2_035", num_classes=10, output_stride=8))
 
 
+def mobilenet_longer() -> nn.Module:
+    """The trained MobileNet, to be trained on by a second schedule."""
+    return base("mobilenet")
+
+
 def narrow_resnet() -> nn.Module:
     """A ResNet of four blocks, 16 to 64 channels: 23.2 M MACs; for the ranks of sensitivity.py."""
     form: dict[str, Any] = {"layers": (1, 1, 1, 1), "channels": (16, 32, 64, 64), "zero_init_last": False}
@@ -75,6 +80,7 @@ def narrow_resnet() -> nn.Module:
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "narrow_vgg": narrow_vgg,
     "mobilenet": mobilenet,
+    "mobilenet_longer": mobilenet_longer,
     "narrow_resnet": narrow_resnet,
 }
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .folding import fast_layout, folded_batchnorm
+from .modes import eval_mode, frozen
 
 # A pixel moves by at most 1; published l2 threat models use 0.5 (at 32x32) to 3 (at 224x224).
 MAX_EPS = {"linf": 1.0, "l2": 16.0}
@@ -131,66 +132,6 @@ def check_pixels(images: Tensor) -> None:
             f"pixels run from {low:.4g} to {high:.4g}; they must stay in [0, 1]: hand over plain pixels, the model "
             "normalises them itself."
         )
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put `model` in eval mode; afterwards every module has its own mode back, also after an exception."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def in_own_dtype(model: nn.Module) -> Iterator[None]:
-    """
-    Let `model` compute in the dtype of its weights, and round as that dtype does: without the autocast that is on or
-    that accelerate has put around the forward of a module, and on a GPU without TF32, whose factors have the 10 bits of
-    half precision. Afterwards all is as it was, also after an exception. TF32 is a switch of the whole process.
-    """
-    names = {"forward", "_original_forward"}
-    wrapped = {module: vars(module)["forward"] for module in model.modules() if names <= vars(module).keys()}
-    device = next(model.parameters(), torch.zeros(())).device
-    cuda = [cast(Any, torch.backends.cudnn).conv, torch.backends.cuda.matmul] if device.type == "cuda" else []
-    coarse = {backend: backend.fp32_precision for backend in cuda if backend.fp32_precision not in ("ieee", "none")}
-    try:
-        for module in wrapped:
-            vars(module)["forward"] = vars(module)["_original_forward"]
-        for backend in coarse:
-            backend.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for module, forward in wrapped.items():
-            vars(module)["forward"] = forward
-        for backend, precision in coarse.items():
-            backend.fp32_precision = precision
-
-
-def frozen(model: nn.Module) -> AbstractContextManager[None]:
-    """Stop the gradients of all parameters; afterwards each has its own flag back, also after an exception."""
-    return _flagged(model, False)
-
-
-def trainable(model: nn.Module) -> AbstractContextManager[None]:
-    """Let all parameters have gradients; afterwards each has its own flag back, also after an exception."""
-    return _flagged(model, True)
-
-
-@contextmanager
-def _flagged(model: nn.Module, flag: bool) -> Iterator[None]:
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    for parameter, _ in flags:
-        parameter.requires_grad_(flag)
-    try:
-        yield
-    finally:
-        for parameter, requires_grad in flags:
-            parameter.requires_grad_(requires_grad)
 
 
 def computing_in(attack: AttackConfig, images: Tensor) -> AbstractContextManager[Any]:

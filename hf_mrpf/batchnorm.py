@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .attacks import eval_mode
+from .modes import eval_mode
 from .processes import Processes
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attacks import AttackConfig, eval_mode, logits_of
+from .attacks import AttackConfig, logits_of
 from .batchnorm import recalibrate_batchnorm
 from .calibration import attacked_batches
+from .modes import eval_mode
 from .pruning import PruningPlan, plan_pruning, prune
 from .repair import RepairReport, repair
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from .architectures import MERGES, class_id, owner, unsupported
-from .attacks import logits_of, trainable
+from .attacks import logits_of
 from .attention import FoundAttention
 from .layers import PRODUCERS, Layer, Slot, loose_parameters, parameter_layer
+from .modes import trainable
 
 if TYPE_CHECKING:
     from torch_pruning.dependency import Group

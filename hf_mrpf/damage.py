@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .allocation import Widths, meet_target, nearest_width, nudged
-from .attacks import AttackConfig, eval_mode, logits_of
+from .attacks import AttackConfig, logits_of
 from .calibration import attacked_batches
+from .modes import eval_mode
 from .pruned_copies import PrunedCopies, Sets
 from .weight_scores import precise
 

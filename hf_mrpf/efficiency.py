@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .attacks import frozen
+from .modes import frozen
 
 
 def count_macs(model: nn.Module, example: Tensor) -> int:

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attacks import AttackConfig, eval_mode, frozen, in_own_dtype, logits_of
+from .attacks import AttackConfig, logits_of
 from .fingerprint import weights_sha256
 from .folding import fast_layout
 from .indexed_images import count_images, indexed_batches, pools
 from .journal import Journal
+from .modes import eval_mode, frozen, in_own_dtype
 from .named_attacks import ATTACKS, AUTOATTACK_TARGETS, NamedAttack, Run, runs_of, settings_of
 from .processes import Processes
 from .progress import progress_bar

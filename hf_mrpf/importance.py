@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attacks import eval_mode, logits_of
+from .attacks import logits_of
+from .modes import eval_mode
 from .processes import Processes
 from .weight_scores import l1_norms, squared_norms, summed_distances
 

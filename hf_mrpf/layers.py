@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .architectures import channel_axis, unsupported
-from .attacks import frozen, logits_of
+from .attacks import logits_of
+from .modes import frozen
 
 # Kinds of layers whose outputs are channels of their own.
 PRODUCERS = ("conv", "linear", "depthwise", "grouped")

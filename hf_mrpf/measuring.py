@@ -7,14 +7,15 @@ import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction
 
-from .attacks import in_own_dtype, keyed_start, logits_of, pgd_attack
+from .attacks import keyed_start, logits_of, pgd_attack
 from .callbacks import OverfittingWatch
 from .logs import TrainingMeter, open_reporters, plan_figures
+from .modes import in_own_dtype
+from .pixel_trainer import PixelTrainer
 from .plan import PruningPlan
-from .publishing import PublishingTrainer
 
 
-class MeasuringTrainer(PublishingTrainer):
+class MeasuringTrainer(PixelTrainer):
     """
     `Trainer` that evaluates under attack and logs robustness through every reporter.
 

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attacks import AttackConfig, check_pixels, eval_mode, kl_divergence, logits_of, pgd_attack
+from .attacks import AttackConfig, check_pixels, kl_divergence, logits_of, pgd_attack
+from .modes import eval_mode
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .allocation import Widths
-from .attacks import AttackConfig, eval_mode, logits_of
+from .attacks import AttackConfig, logits_of
 from .batchnorm import recalibrate_batchnorm
 from .calibration import attacked_batches
+from .modes import eval_mode
 from .processes import Processes
 from .progress import Bar
 from .repair import input_moments, refit_layers, repairable_layers

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attacks import AttackConfig, eval_mode
+from .attacks import AttackConfig
 from .calibration import attacked_batches
 from .folding import the_input
+from .modes import eval_mode
 from .plan import PruningPlan, trace_for
 from .processes import Processes
 from .units import UnitGraph

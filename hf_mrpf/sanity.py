@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attacks import AttackConfig, eval_mode, keyed_start, logits_of, pgd_attack
+from .attacks import AttackConfig, keyed_start, logits_of, pgd_attack
 from .evaluation import evaluate_robustness
 from .indexed_images import indexed_batches
+from .modes import eval_mode
 from .report import RobustnessReport
 
 NOISE = 0.02  # of an accuracy, between attacks whose order is known

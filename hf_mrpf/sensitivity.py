@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attacks import AttackConfig, check_pixels, eval_mode, frozen
+from .attacks import AttackConfig, check_pixels
 from .attention import attention_slices
 from .calibration import attacked_batches
 from .fingerprint import images_sha256, weights_sha256
 from .journal import Journal
+from .modes import eval_mode, frozen
 from .prefix import ReadingOrder
 from .processes import Processes
 from .progress import progress_bar

@@ -12,19 +12,17 @@ from accelerate.utils import broadcast, broadcast_object_list
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
-from transformers.trainer_utils import has_length
 
 from .allocation import reads
-from .attacks import eval_mode, logits_of
 from .augmentation import augment, mirror_keeps_class
-from .batchnorm import average_statistics, has_batchnorm, recalibrate_batchnorm
+from .batchnorm import average_statistics, recalibrate_batchnorm
 from .callbacks import SeedEachRank
 from .config import MRPFConfig, adam_arguments
 from .data import calibration_batches, stratified_subset
 from .efficiency import count_macs, count_parameters
-from .loader import PixelRows, as_float, batches, collate_pixels, with_index
+from .loader import batches
 from .objectives import Objective, ObjectiveOutput, get_objective
-from .pixels import as_pixel_dataset, own_class_names
+from .pixels import own_class_names
 from .plan import PruningPlan, removed_fraction
 from .processes import Processes
 from .progress import shows_progress
@@ -100,105 +98,27 @@ class MRPFTrainer(ResumableTrainer):
             raise ValueError("teacher is the model that is trained; give another one, or copy.deepcopy(model).")
         self.teacher = teacher if teacher is None else teacher.to(args.device)
         self._until_backward: contextlib.ExitStack | None = None
-        self._image_size = getattr(getattr(model, "config", None), "image_size", None)
-        self._num_labels = getattr(getattr(model, "config", None), "num_labels", None)
         self.objective: Objective = get_objective(args.objective)
         self.plans: list[PruningPlan] = []
         self.pruning_report: dict[str, dict[str, Any]] = {}
         self.repair_report: RepairReport | None = None
-        with args.main_process_first(desc="decoding of images"):  # the others find them in the cache
-            if isinstance(eval_dataset, dict):
-                eval_dataset = {name: self._indexed(split) for name, split in eval_dataset.items()}
-            else:
-                eval_dataset = self._indexed(eval_dataset)
-            train_dataset = self._pixels(train_dataset)
-        names = own_class_names(train_dataset) if isinstance(train_dataset, Dataset) else None
-        self.horizontal_flip = mirror_keeps_class(names) if args.horizontal_flip is None else args.horizontal_flip
-        if args.horizontal_flip is None and _may_be_digits(train_dataset):
-            LOGGER.warning("Ten classes without names are mirrored in training; digits need horizontal_flip=False.")
-        if self._num_labels is None and isinstance(train_dataset, Dataset):
-            _check_classes(model, train_dataset)
         super().__init__(
             model=model,
             args=args,
-            data_collator=kwargs.pop("data_collator", collate_pixels),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             compute_metrics=compute_metrics,
             **kwargs,
         )
+        names = own_class_names(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None
+        self.horizontal_flip = mirror_keeps_class(names) if args.horizontal_flip is None else args.horizontal_flip
+        if args.horizontal_flip is None and _may_be_digits(self.train_dataset):
+            LOGGER.warning("Ten classes without names are mirrored in training; digits need horizontal_flip=False.")
         # Every objective is a mean over its batch: the Trainer divides it by the accumulation steps.
         self.loss_is_scaled_for_ga = False
         self.model_accepts_loss_kwargs = False
         self.add_callback(SeedEachRank())
         self.add_callback(AverageBatchNorm())
-
-    # ---- Data -------------------------------------------------------------------------------------------------------
-
-    def _pixels(self, dataset: Any) -> Any:
-        if not isinstance(dataset, Dataset):
-            return dataset
-        pixels = as_pixel_dataset(dataset, self._image_size)
-        classes = getattr(pixels.features["labels"], "num_classes", None)
-        if self._num_labels is None or classes is None:
-            return pixels
-        # Integers without names tell of no class above the highest one that occurs.
-        fits = classes == self._num_labels if own_class_names(pixels) else classes <= self._num_labels
-        if not fits:
-            raise ValueError(
-                f"The data set has {classes} classes and the model {self._num_labels}; "
-                f"build the model with num_labels={classes}."
-            )
-        return pixels
-
-    def _indexed(self, dataset: Any) -> Any:
-        """Pixels with the index of each image, which keys its random start in the attack."""
-        if not isinstance(dataset, Dataset) or "index" in dataset.column_names:
-            return dataset
-        return with_index(self._pixels(dataset))
-
-    def _get_dataloader(self, dataset, *args, **kwargs):
-        # A collator of the user's expects rows.
-        if isinstance(dataset, Dataset) and self.data_collator is collate_pixels:
-            dataset = PixelRows(dataset)
-        return super()._get_dataloader(dataset, *args, **kwargs)
-
-    def _prepare_inputs(self, inputs):
-        inputs = super()._prepare_inputs(inputs)
-        if (pixels := inputs.get("pixel_values")) is not None and not pixels.is_floating_point():
-            inputs = {**inputs, "pixel_values": as_float(pixels)}  # bytes have crossed to the device
-        return inputs
-
-    def get_train_dataloader(self):
-        """As in `Trainer`; a last batch of a single image is left out where the model has BatchNorm."""
-        given = self.args.dataloader_drop_last
-        if not given and self._leaves_a_single_image():
-            if self.is_world_process_zero():
-                LOGGER.warning(
-                    "The last batch of an epoch, a single image, is left out: BatchNorm cannot train on one. Another "
-                    "per_device_train_batch_size than %d would use it.",
-                    self.args.per_device_train_batch_size,
-                )
-            self.args.dataloader_drop_last = True
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.args.dataloader_drop_last = given  # it holds for evaluations as well, which count every image
-
-    def _leaves_a_single_image(self) -> bool:
-        dataset: Any = self.train_dataset
-        if not has_length(dataset) or not has_batchnorm(self.accelerator.unwrap_model(self.model)):
-            return False
-        filled_up = self.args.world_size > 1 and self.accelerator.even_batches
-        return len(dataset) > self._train_batch_size and len(dataset) % self._train_batch_size == 1 and not filled_up
-
-    def get_eval_dataloader(self, eval_dataset=None):
-        """As in `Trainer`, with raw image columns decoded."""
-        return super().get_eval_dataloader(self._indexed(eval_dataset))
-
-    def get_test_dataloader(self, test_dataset):
-        """As in `Trainer`, with raw image columns decoded."""
-        return super().get_test_dataloader(self._indexed(test_dataset))
 
     # ---- Pruning ----------------------------------------------------------------------------------------------------
 
@@ -433,17 +353,6 @@ def _may_be_digits(dataset: Any) -> bool:
     """Whether it has the labels 0 to 9, and no names of them."""
     labels = dataset.features["labels"] if isinstance(dataset, Dataset) else None
     return getattr(labels, "num_classes", None) == 10 and own_class_names(dataset) is None
-
-
-def _check_classes(model: nn.Module, dataset: Dataset) -> None:
-    """Refuses a network with fewer outputs than the data set has classes, before it fails in mid-training."""
-    images, _ = next(iter(batches(dataset, 1)))
-    weight = next(model.parameters())
-    with eval_mode(model), torch.no_grad():
-        outputs = logits_of(model(images.to(weight.device, weight.dtype))).shape[1]
-    classes = dataset.features["labels"].num_classes
-    if outputs < classes:
-        raise ValueError(f"The data set has {classes} classes and the model {outputs} outputs.")
 
 
 def _size(model: nn.Module, plan: PruningPlan) -> dict[str, int]:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from .architectures import known_layers, owner, refresh, unsupported
-from .attacks import eval_mode
 from .attention import FoundAttention, find_attention, head_parts, head_slots, removed_rows
 from .coupling import EndlessGroupError, couple
 from .exactness import TOLERANCES, removal_error
 from .groups import importance_group
 from .layers import PRODUCERS, Layer, Slot, loose_parameters, measure_layers, parameter_layer, shapes_only, skeleton
+from .modes import eval_mode
 from .surgery import cut_layer, scale_rows
 
 if TYPE_CHECKING:

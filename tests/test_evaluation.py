@@ -15,7 +15,7 @@ from PIL import Image as PILImage
 from torch import nn
 
 from hf_mrpf import named_attacks
-from hf_mrpf.attacks import AttackConfig, in_own_dtype
+from hf_mrpf.attacks import AttackConfig
 from hf_mrpf.evaluation import (
     ATTACKS,
     NamedAttack,
@@ -25,6 +25,7 @@ from hf_mrpf.evaluation import (
     wilson_interval,
 )
 from hf_mrpf.indexed_images import stratified_indices
+from hf_mrpf.modes import in_own_dtype
 
 ALL = ("clean", "fgsm", "pgd20", "cw")
 

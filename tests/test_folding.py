@@ -11,8 +11,9 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from hf_mrpf import AttackConfig, PrunedForImageClassification, evaluate_robustness, pgd_attack
-from hf_mrpf.attacks import frozen, logits_of
+from hf_mrpf.attacks import logits_of
 from hf_mrpf.folding import CONVOLUTIONS, fast_layout, folded_batchnorm
+from hf_mrpf.modes import frozen
 
 torch.set_num_threads(1)
 IMAGES = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))

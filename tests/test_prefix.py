@@ -11,7 +11,8 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_mrpf import PrunedForImageClassification
-from hf_mrpf.attacks import frozen, logits_of
+from hf_mrpf.attacks import logits_of
+from hf_mrpf.modes import frozen
 from hf_mrpf.prefix import Prefix, ReadingOrder
 
 torch.set_num_threads(1)
