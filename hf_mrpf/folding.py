@@ -34,6 +34,7 @@ class _Known(NamedTuple):
     modules: list[nn.Module]
     pairs: list[Pair]
     takes_channels_last: bool
+    flags: list[Any]
 
 
 # Weak keys: what is known of a network ends with it. Its root is in no value, or it never would.
@@ -57,10 +58,10 @@ def folded_batchnorm(model: nn.Module, images: Tensor) -> Iterator[None]:
     Folds each BatchNorm into the convolution before it, and unfolds it again, also after an exception.
 
     `gamma * (W x + b - mean) / sqrt(var + eps) + beta` is one convolution. Which modules belong together is seen in a
-    pass of one image through a network of any class, once in its life: each of the two runs once, and the norm is the
-    one operation that reads what the convolution writes. Convolutions also get their weights in the layout of
-    `fast_layout`, and in the dtype of an autocast that is on. Parameters and buffers are left as they are. A compiled
-    network is left alone.
+    pass of one image through a network of any class, once until it is changed: each of the two runs once, the norm is
+    the one operation that reads what the convolution writes, and nothing else reads the convolution's weights. These
+    also get the layout of `fast_layout`, and the dtype of an autocast that is on. Parameters and buffers are left as
+    they are. A compiled network is left alone.
 
     Args:
         model (`nn.Module`): in eval mode, without gradients of parameters.
@@ -83,10 +84,10 @@ def _known(model: nn.Module, images: Tensor) -> _Known:
     """What a pass of one image shows of a network; of a compiled one there is nothing to be known."""
     modules = list(model.modules())
     if not len(images) or any(map(is_compiled, modules)):
-        return _Known([], [], True)
-    known, modules = _KNOWN.get(model), modules[1:]
+        return _Known([], [], True, [])
+    known, flags, modules = _KNOWN.get(model), _flags(modules), modules[1:]
     # By identity: a module that was exchanged may have been one of a pair.
-    if known is not None and list(map(id, known.modules)) == list(map(id, modules)):
+    if known is not None and list(map(id, known.modules)) == list(map(id, modules)) and known.flags == flags:
         return known
     image, takes = images[:1], True
     try:
@@ -95,8 +96,20 @@ def _known(model: nn.Module, images: Tensor) -> _Known:
         if "view size is not compatible" not in str(error):
             raise
         pairs, takes = _pairs(model, modules, image), False
-    _KNOWN[model] = _Known(modules, pairs, takes)
+    if known is None:
+        # Only what costs time is news to a user.
+        norms = sum(_name(module) in NORMS for module in modules)
+        level = logging.DEBUG if len(pairs) == norms else logging.INFO
+        LOGGER.log(level, "%d of %d BatchNorm layers are folded into convolutions during attacks.", len(pairs), norms)
+    _KNOWN[model] = _Known(modules, pairs, takes, flags)
     return _KNOWN[model]
+
+
+def _flags(modules: Iterable[nn.Module]) -> list[Any]:
+    """Plain values that may decide what a forward does, of all modules; not their mode."""
+    plain = (bool, int, float, str)
+    values = (item for module in modules for item in vars(module).items())
+    return [value for name, value in values if type(value) in plain and name != "training"]
 
 
 def _pairs(model: nn.Module, modules: list[nn.Module], image: Tensor) -> list[Pair]:
@@ -105,15 +118,11 @@ def _pairs(model: nn.Module, modules: list[nn.Module], image: Tensor) -> list[Pa
     precise, same_noise = torch.autocast(image.device.type, enabled=False), [image.device] if image.is_cuda else []
     with torch.random.fork_rng(same_noise), torch.no_grad(), precise, _watched(modules) as pairs:
         model.forward(image)
-    # Only what costs time is news to a user.
-    norms = sum(_name(module) in NORMS for module in modules)
-    level = logging.DEBUG if len(pairs) == norms else logging.INFO
-    LOGGER.log(level, "%d of %d BatchNorm layers are folded into convolutions during attacks.", len(pairs), norms)
     return pairs
 
 
 class _Reads(TorchDispatchMode):
-    """Counts the operations that read a tensor, from when the tensor is one of `written`."""
+    """Counts the operations that read a tensor, from when it is one of `written`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +153,10 @@ def _watched(modules: Sequence[nn.Module]) -> Iterator[list[Pair]]:
         read.append((module, the_input(inputs, named)))
 
     plain = [module for module in modules if _name(module) in CONVOLUTIONS + NORMS and not _is_watched(module)]
-    hooks = [module.register_forward_hook(writes) for module in plain if _name(module) in CONVOLUTIONS]
+    convolutions: list[Any] = [module for module in plain if _name(module) in CONVOLUTIONS]
+    # What a weight is computed from is read elsewhere; such convolutions are not folded.
+    reads.written |= {id(own): (module, own) for module in convolutions for own in module.parameters()}
+    hooks = [module.register_forward_hook(writes) for module in convolutions]
     hooks += [module.register_forward_pre_hook(is_read, with_kwargs=True) for module in plain if _name(module) in NORMS]
     try:
         with reads:
@@ -157,7 +169,9 @@ def _watched(modules: Sequence[nn.Module]) -> Iterator[list[Pair]]:
         # An operation that changes it in place reads it too.
         if convolution is None or reads.count[id(tensor)] != 1:
             continue
-        if runs[convolution] == runs[norm] == 1:
+        # Another reader of the weights would find them folded.
+        alone = all(reads.count[id(parameter)] == 1 for parameter in convolution.parameters())
+        if runs[convolution] == runs[norm] == 1 and alone:
             pairs.append(Pair(convolution, norm))
 
 
@@ -180,7 +194,8 @@ def _is_watched(module: nn.Module) -> bool:
 def _is_plain(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
     """Whether both compute what their classes say, precisely enough to be made one."""
     exact = _is_ordinary(convolution) and convolution.weight.dtype in (torch.float32, torch.float64)
-    return exact and norm.running_var is not None and not (_is_watched(convolution) or _is_watched(norm))
+    fixed = norm.running_var is not None and not norm.training
+    return exact and fixed and not (_is_watched(convolution) or _is_watched(norm))
 
 
 def _is_ordinary(convolution: nn.Module) -> bool:

@@ -31,15 +31,17 @@ class Prefix:
     Args:
         model (`nn.Module`): in eval mode; a pass does not depend on those before it.
         images (`Tensor` of shape `[N, 3, H, W]`): what it is run on.
+        tells (`bool`, *optional*, defaults to `True`): whether the log says where passes are whole ones.
     """
 
-    def __init__(self, model: nn.Module, images: Tensor):
+    def __init__(self, model: nn.Module, images: Tensor, *, tells: bool = True):
         self.model, self.images = model, images
+        self._level = logging.INFO if tells else logging.DEBUG
         self._kept: dict[nn.Module, list[Kept]] = {}
         self._read: set[int] = set()  # parameters that what is kept was computed with
         self._compiled = any(is_compiled(module) for module in model.modules())
         if self._compiled:
-            LOGGER.info("Every pass is a whole one: this %s is compiled.", type(model).__name__)
+            LOGGER.log(self._level, "Every pass is a whole one: this %s is compiled.", type(model).__name__)
 
     def stop_before(self, weights: Iterable[Tensor]) -> None:
         """
@@ -52,15 +54,19 @@ class Prefix:
             return
         weights = list(weights)
         if any(id(weight) in self._read for weight in weights):
-            self._kept, self._read = {}, set()
+            self.let_go()
         watched = {module for module in self.model.modules() if module._forward_hooks}
-        watch = _Watch(weights, watched)
+        watch = _Watch(weights, watched, self._level)
         # Let go of as it is taken: what this object alone still holds is not needed any more.
         taken = {module: _emptied(outputs) for module, outputs in self._kept.items()}
         with torch.no_grad(), _replayed(taken), _hooked(self.model, watch), watch, suppress(_WeightIsRead):
             self.model(self.images)
         self._kept = watch.kept
         self._read = self._read | watch.parameters if watch.kept else set()
+
+    def let_go(self) -> None:
+        """Passes are whole ones again."""
+        self._kept, self._read = {}, set()
 
     def __call__(self) -> Any:
         """What the model returns for the images, at its present weights."""
@@ -131,10 +137,10 @@ class _Call:
 class _Watch(TorchDispatchMode):
     """Follows a pass until a weight is read; `kept` is then what modules that have ended returned, call by call."""
 
-    def __init__(self, weights: Iterable[Tensor], watched: Container[nn.Module]) -> None:
+    def __init__(self, weights: Iterable[Tensor], watched: Container[nn.Module], level: int) -> None:
         super().__init__()
         self.weights = {id(weight) for weight in weights}
-        self.watched = watched
+        self.watched, self.level = watched, level
         self.parameters: set[int] = set()
         self.open = [_Call()]
         self.kept: dict[nn.Module, list[Kept]] = {}
@@ -157,9 +163,11 @@ class _Watch(TorchDispatchMode):
         place = next((index for index, value in enumerate(args) if value is output), None)
         changed = [leaf for leaf, version in call.given if leaf._version != version]
         overwrites = any(leaf is not output or place is None for leaf in changed)
-        if overwrites or module in self.watched:
-            # It changes more than it returns, or hooks of others would be applied twice: it runs and reads again.
+        if overwrites or module in self.watched or not all(map(_is_plain, tree_leaves(output))):
+            # It changes more than it returns, hooks of others would be applied twice, or what it returns can't be
+            # copied: it runs and reads again, and what it calls is taken from what is kept.
             self.open[-1].read.add_all(call.read)
+            self.open[-1].ended += call.ended
         else:
             versions = [_version(leaf) for leaf in tree_leaves(output)]
             self.open[-1].ended.append(_Ended(module, output, versions, place))
@@ -174,7 +182,8 @@ class _Watch(TorchDispatchMode):
         last = ended[-1].module if ended else None
         references = _references(ended, read)
         if last is not None and not references:
-            LOGGER.info("Passes are whole ones up to %s: an output before it is overwritten.", type(last).__name__)
+            name = type(last).__name__
+            LOGGER.log(self.level, "Passes are whole ones up to %s: an output before it is overwritten.", name)
         # Only now does nobody hold an output that is not needed.
         for module, leaves, shape, place in references:
             output = tree_unflatten([leaf() for leaf in leaves], shape)
@@ -197,6 +206,11 @@ def _references(
             return []
         references.append((module, [_reference(*pair) for pair in zip(leaves, needed, strict=True)], shape, place))
     return references
+
+
+def _is_plain(leaf: Any) -> bool:
+    """Whether a part of an output is copied from pass to pass, or never changes."""
+    return isinstance(leaf, Tensor | int | float | str | None)
 
 
 def _version(leaf: Any) -> int:

@@ -1,5 +1,6 @@
 """Projected gradient ascent on weights: how far the robust loss rises within a ball around a module's weights."""
 
+import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,6 +16,8 @@ from .calibration import AttackedBatch
 from .folding import folded_except
 from .prefix import Prefix
 from .processes import Processes
+
+LOGGER = logging.getLogger("hf_mrpf")
 
 
 class Piece(NamedTuple):
@@ -40,11 +43,15 @@ class RobustLoss:
     forwards: int = 0
     backwards: int = 0
     prefixes: list[Prefix] = field(init=False)
+    rehearsal: list[Prefix] = field(init=False)
 
     def __post_init__(self) -> None:
         # Not channels last as in an attack: there oneDNN's gradient of the weights of a strided 1x1 convolution of few
         # channels writes outside its memory (uxlfoundation/oneDNN issue 6035); that of images does not.
-        self.prefixes = [Prefix(self.model, images) for _, images, _ in self.parts]
+        self.prefixes = [Prefix(self.model, images, tells=False) for _, images, _ in self.parts]
+        one = [images[:1] for _, images, _ in self.parts[:1]]
+        self.rehearsal = [Prefix(self.model, image) for image in one]
+        self.rehearsal += [Prefix(self.model, 1 - image, tells=False) for image in one]
 
     @property
     def in_half(self) -> bool:
@@ -59,10 +66,18 @@ class RobustLoss:
         with ExitStack() as forms:
             for prefix in self.prefixes[:1]:
                 forms.enter_context(folded_except(self.model, prefix.images, weights))
-            for prefix in self.prefixes:
-                with computing_in(self.attack, prefix.images):
-                    prefix.stop_before(weights)
+            if self.rehearsal:
+                with computing_in(self.attack, self.rehearsal[0].images):
+                    self._keep_before(weights)
             yield
+
+    def _keep_before(self, weights: Sequence[nn.Parameter]) -> None:
+        agree = _passes_agree(self.rehearsal, weights)
+        for prefix in self.prefixes:
+            if agree:
+                prefix.stop_before(weights)
+            else:
+                prefix.let_go()
 
     def __call__(self, pieces: Sequence[Piece] = ()) -> tuple[float, list[Tensor]]:
         """The loss in nats and its gradient for each piece, 0 for one that the loss does not depend on."""
@@ -95,6 +110,37 @@ class RobustLoss:
         if not math.isfinite(total):
             raise ValueError("the robust loss is not finite; check the model's logits, or lower gamma.")
         return total / self.count, [gradients[id(piece.weight)][piece.rows] for piece in pieces]
+
+
+def _passes_agree(prefixes: Sequence[Prefix], weights: Sequence[nn.Parameter]) -> bool:
+    """
+    Whether passes from the weights on give what whole ones give, as single images show: they cost next to nothing.
+
+    A module may do more than return a value: leave something for another to find, or count its calls.
+    """
+    device = weights[0].device
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for prefix in prefixes:
+            prefix.stop_before(weights)
+        try:
+            # Twice, as what is kept must not change; and by turns, as what belongs to the other must not be found.
+            kept = [logits_of(prefix()) for _ in range(2) for prefix in prefixes]
+            reason = "gives other logits"
+        except Exception as error:  # whatever the network's own code raises where a part of it was left out
+            kept, reason = [], f"raises {type(error).__name__}"
+        whole = [logits_of(prefix.model(prefix.images)) for prefix in prefixes]
+    if len(kept) == 2 * len(whole) and all(map(_is_close, kept, whole + whole)):
+        return True
+    for prefix in prefixes:
+        prefix.let_go()
+    LOGGER.info(
+        "Passes of this %s are whole ones: it %s without what comes first.", type(prefixes[0].model).__name__, reason
+    )
+    return False
+
+
+def _is_close(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=0, atol=1e-3 * float(other.abs().max()), equal_nan=True)
 
 
 def ascend(

@@ -157,6 +157,8 @@ OTHERS = {
     "a decision": (0, lambda net, images, written: float((written > 0).sum() > 10)),
     "a change in place": (0, in_place),
     "the convolution twice": (0, lambda net, images, written: net.convolution(images)),
+    "its weight": (0, lambda net, images, written: F.conv2d(images, net.convolution.weight).sigmoid()),
+    "its bias": (0, lambda net, images, written: net.convolution.bias.sum()),
     "the norm twice": (0, lambda net, images, written: net.norm(images[:, :1, 2:, 2:].expand(-1, 8, -1, -1))),
 }
 
@@ -203,6 +205,21 @@ def test_a_module_that_was_exchanged_or_watched_since_is_looked_at_again():
     assert learnt(net) == 1
     net[1].register_forward_hook(lambda *_: None)
     assert learnt(net) == 0
+
+
+def test_a_flag_that_was_set_since_is_noticed():
+    net = randomised(Reads(lambda net, images, written: written if net.skip else 0))
+    net.skip = False
+    assert learnt(net) == 1
+    net.skip = True
+    assert learnt(net) == 0
+
+
+def test_a_norm_that_stays_in_training_is_not_folded():
+    net = randomised(block())
+    net[1].train = lambda mode=True: net[1]
+    net[1].training = True
+    assert learnt(net) == 1
 
 
 @pytest.mark.parametrize("fails", [False, True])

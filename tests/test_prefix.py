@@ -1,6 +1,7 @@
 """Passes from some weights on: the same output and gradient as whole passes, at the cost of what comes after."""
 
 import copy
+import dataclasses
 import itertools
 import logging
 
@@ -8,6 +9,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_mrpf import PrunedForImageClassification
@@ -183,6 +185,72 @@ def test_a_module_that_others_watch_runs_each_time_and_is_watched_once_a_pass():
     with frozen(net), torch.no_grad():
         prefix.stop_before([net.backbone.fc.weight])
         assert torch.equal(prefix().logits, net(IMAGES).logits)
+
+
+class Block(nn.Module):
+    def __init__(self, act):
+        super().__init__()
+        self.act, self.convolution = act, nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.convolution(self.act(x))
+
+
+def blocks(act, watched):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), *[Block(act()) for _ in range(3)], nn.Conv2d(8, 5, 3)).eval()
+    if watched:
+        net[2].register_forward_hook(lambda *_: None)
+    return net
+
+
+SHARED = {inplace: nn.ReLU(inplace=inplace) for inplace in (False, True)}
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("act", [lambda: SHARED[False], lambda: SHARED[True], lambda: nn.ReLU(inplace=True)])
+def test_what_a_block_calls_is_kept_though_it_overwrites_its_input_or_is_watched(act, watched):
+    net = blocks(act, watched)
+    weights, prefix = [p for p in net.parameters() if p.ndim > 1], Prefix(net, IMAGES)
+    with frozen(net):
+        for weight in weights:
+            prefix.stop_before([weight])
+            for _ in range(2):
+                for found, expected in zip(pass_of(prefix, weight), pass_of(lambda: net(IMAGES), weight), strict=True):
+                    assert torch.equal(found, expected)
+        with FlopCounterMode(display=False) as counter:
+            prefix()
+    if not net[1].act.inplace:
+        assert counter.get_total_flops() == 2 * weights[-1].numel() * 3 * 28 * 28
+
+
+@dataclasses.dataclass
+class Box:
+    content: torch.Tensor
+
+
+class Boxes(nn.Module):
+    def forward(self, x):
+        return Box(x)
+
+
+class Boxed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.box, self.second = nn.Conv2d(3, 8, 3), Boxes(), nn.Conv2d(8, 5, 3)
+
+    def forward(self, x):
+        box = self.box(self.first(x) * 2)
+        box.content.mul_(1.5)
+        return self.second(box.content)
+
+
+def test_what_cannot_be_copied_is_not_kept():
+    net = Boxed().eval()
+    prefix = Prefix(net, IMAGES)
+    with frozen(net), torch.no_grad():
+        prefix.stop_before([net.second.weight])
+        for _ in range(3):
+            assert torch.equal(prefix(), net(IMAGES))
 
 
 def test_what_is_overwritten_by_operations_is_not_kept_and_the_log_says_so(caplog):

@@ -91,6 +91,39 @@ def test_weights_get_no_gradient_in_channels_last_which_corrupts_the_heap(net, e
     assert (("images", "channels last") in layouts.seen) is (eps > 0)
 
 
+class Leaves(nn.Module):
+    """Its first layer leaves what it returned, or doubled, for another place to find."""
+
+    def __init__(self, in_a_list):
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 5)
+        self.stem, self.in_a_list = nn.Sequential(), in_a_list
+        self.stem.forward = self.leave
+
+    def leave(self, pixels, found):
+        x = self.first(pixels)
+        found.append(x)
+        self.left = x * 2
+        return x
+
+    def forward(self, pixels):
+        found = []
+        x = self.stem(pixels, found)
+        other = found[0] if self.in_a_list else self.left
+        return self.third(F.relu(self.second(x)).mean((2, 3)) + other.mean((2, 3)))
+
+
+@pytest.mark.parametrize("in_a_list", [False, True])
+def test_a_network_that_leaves_values_aside_is_passed_through_whole(in_a_list, monkeypatch, caplog):
+    net, batches = Leaves(in_a_list).eval(), calibration()
+    with caplog.at_level("INFO", "hf_mrpf"):
+        found = module_robustness_sensitivity(net, batches, ATTACK, batch_size=8)
+    assert "raises IndexError" if in_a_list else "gives other logits" in caplog.text
+    monkeypatch.setattr("hf_mrpf.prefix.Prefix.stop_before", lambda *_: None)
+    whole = module_robustness_sensitivity(net, batches, ATTACK, batch_size=8)
+    assert dict(found) == pytest.approx(dict(whole), rel=1e-6)
+
+
 def naive_mrs(net, images, labels, weight, gamma, steps):
     """The definition, one module at a time: projected ascent in ten lines."""
     theta, radius = weight.detach().clone(), gamma * weight.norm().item()
@@ -406,7 +439,8 @@ def test_everything_is_restored_when_a_forward_fails(net):
 
 def test_passes_are_counted_and_none_is_wasted(net):
     calls = []
-    net.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    # Single images are those that passes are tried on.
+    net.register_forward_hook(lambda _, given, __: calls.extend([torch.is_grad_enabled()] * (len(given[0]) > 1)))
     for method, steps in METHODS.items():
         calls.clear()
         settings = module_robustness_sensitivity(net, calibration(24, 2), ATTACK, method=method).settings
@@ -420,7 +454,12 @@ def test_passes_are_counted_and_none_is_wasted(net):
 def test_only_the_perturbed_weight_takes_a_gradient(net):
     """Else every pass would keep the activations of the whole network for its backward."""
     taking = []
-    net.register_forward_pre_hook(lambda *_: taking.append([n for n, p in net.named_parameters() if p.requires_grad]))
+
+    def look(_, given):
+        if len(given[0]) > 1:  # single images are those that passes are tried on
+            taking.append([name for name, parameter in net.named_parameters() if parameter.requires_grad])
+
+    net.register_forward_pre_hook(look)
     module_robustness_sensitivity(net, calibration(), AttackConfig(eps=0))
     # The first of each comes to where the weight is read, and no further.
     each = [[[], [f"{name}.weight"], [f"{name}.weight"], []] for name in SCORED if name != "unused"]
