@@ -1,4 +1,4 @@
-"""Scores of channels from weights and their gradients: sums over what a channel touches, or the filters that write it."""
+"""Scores of channels by sums over weights: of all that a channel touches, or of the filters that write it."""
 
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
