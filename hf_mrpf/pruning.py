@@ -1,6 +1,7 @@
 """Plan how many and which channels to keep, and remove the others."""
 
 import copy
+import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Real
@@ -32,6 +33,7 @@ from .sensitivity import (
 )
 from .units import METRICS, PruningUnit, UnitGraph, check_removal, cut, trace_units
 
+LOGGER = logging.getLogger("hf_mrpf")
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
@@ -60,8 +62,9 @@ def plan_pruning(
     """
     Plan which channels to remove so that a fraction of the cost stays. The model is not changed.
 
-    The cost of every candidate is counted exactly from the layers' shapes, without pruning a copy. The target is met
-    within 1 %, or as near as whole channels (multiples of `round_to`) allow. A target of latency, and the choice of
+    The cost of every candidate is counted exactly from the layers' shapes, without pruning a copy. Widths are
+    searched for that meet the target within 1 %. Small networks, and multiples of `round_to`, have few sizes: where the
+    nearest that was found is farther off, a warning in the log says so. A target of latency, and the choice of
     `round_to="auto"`, are measured: candidates are cut on copies and timed on the model's device in eager PyTorch,
     forward passes in turns with the model's own, so let nothing else run there meanwhile.
 
@@ -234,6 +237,8 @@ def plan_pruning(
         widths = choose(target, multiple)
     after, kept = graph.size(widths), keep(widths)
     achieved = {name: after[name] / before[name] for name in METRICS}
+    if target_metric != "latency" and processes.is_main:
+        _warn_if_off(achieved[metric], target, metric, multiple)
     return PruningPlan(
         target=float(target),
         target_metric=target_metric,
@@ -368,6 +373,15 @@ def _check_reachable(graph: UnitGraph, options: Mapping[str, list[int]], target:
             f"target {target:g} cannot be met: the smallest fraction of {metric} that can be kept is {smallest:.4f}. "
             "Raise target or max_ratio, lower min_channels or round_to, or ignore fewer units."
         )
+
+
+def _warn_if_off(achieved: float, target: float, metric: str, multiple: int) -> None:
+    if abs(achieved / target - 1) > 0.01:
+        coarse = f" Widths are multiples of {multiple}: a smaller round_to has more sizes." if multiple > 1 else ""
+        LOGGER.warning(
+            "The plan keeps %.4f of the %s, which is %.1f %% off the target %g: the search found no widths that come "
+            "nearer.%s", achieved, metric, 100 * abs(achieved / target - 1), target, coarse,
+        )  # fmt: skip
 
 
 def _scores_by_unit(

@@ -199,6 +199,16 @@ def test_rounding_and_least_widths_are_honoured(round_to, min_channels):
     assert plan.achieved["macs"] == pytest.approx(0.6, rel=0.1)
 
 
+def test_a_target_that_is_missed_by_more_than_a_percent_is_said(caplog):
+    plan = plan_pruning(ConcatFlatten(), torch.rand(1, 3, 8, 8), allocation="uniform", target=0.9, round_to=12)
+    (record,) = caplog.records
+    achieved = plan.achieved["macs"]
+    assert f"keeps {achieved:.4f} of the macs, which is" in record.message and achieved < 0.88
+    assert "off the target 0.9" in record.message and "multiples of 12: a smaller round_to" in record.message
+    caplog.clear()
+    assert plan_pruning(narrow_resnet(), torch.rand(1, 3, 32, 32), allocation="uniform") and not caplog.records
+
+
 def test_ignored_units_stay_whole():
     model, images = narrow_resnet(), torch.rand(1, 3, 32, 32)
     plan = plan_pruning(model, images, target=0.7, allocation="uniform", ignore=["layer3", "conv1.0"])
