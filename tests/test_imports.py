@@ -43,6 +43,7 @@ FLOORS = {
     "attention": 0.2,
     "surgery": 0.2,
     "groups": 0.2,
+    "wrappers": 0.1,
     "exactness": 0.2,
     "coupling": 0.3,
     "results": 1,
