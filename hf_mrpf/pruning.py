@@ -146,6 +146,11 @@ def plan_pruning(
         raise ValueError(
             f"allocation {allocation!r} needs batches and attack to measure losses on; none or only one was given."
         )
+    if scores is not None and not isinstance(scores, Mapping):
+        raise ValueError(
+            f"scores are a {type(scores).__name__}; a mapping of the names of members, or of units, to numbers is "
+            "needed, such as module_robustness_sensitivity returns."
+        )
     if not _sums_are_finite(model):
         check_finite_weights(model)
     graph = trace_units(model, example, heads=heads)
@@ -359,11 +364,21 @@ def _free_units(model: nn.Module, graph: UnitGraph, ignore: Sequence[str]) -> li
     if unknown := [name for name in ignore if name not in known]:
         units = ", ".join(unit.name for unit in graph.units)
         raise ValueError(f"ignore names {unknown[0]!r}, which is no unit and no module. Units: {units}.")
-    return [
-        unit
-        for unit in graph.units
-        if not any(f"{member}.".startswith((f"{name}.", f"{name}:")) for name in ignore for member in unit.members)
-    ]
+    whole: set[str] = set()
+    for name in ignore:
+        inside = {
+            unit.name
+            for unit in graph.units
+            if any(f"{member}.".startswith((f"{name}.", f"{name}:")) for member in unit.members)
+        }
+        if not inside:
+            raise ValueError(
+                f"ignore names {name!r}, a {type(model.get_submodule(name)).__name__} without a member of a unit "
+                "inside, so that nothing would stay whole for it: name the layer that makes the channels (one that "
+                f"makes the logits is never pruned). Units: {', '.join(unit.name for unit in graph.units)}."
+            )
+        whole |= inside
+    return [unit for unit in graph.units if unit.name not in whole]
 
 
 def _check_reachable(graph: UnitGraph, options: Mapping[str, list[int]], target: float, metric: str) -> None:

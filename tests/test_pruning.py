@@ -289,6 +289,8 @@ def test_other_weights_warn_and_other_widths_are_refused_before_any_cut():
         ({"seed": True}, "seed is True"),
         ({"ignore": ["layer9"]}, "ignore names 'layer9', which is no unit and no module. Units: left, right"),
         ({"ignore": "left"}, r"a list of names is needed, such as \['left'\]"),
+        ({"ignore": ["left", "norm"]}, "ignore names 'norm', a BatchNorm2d without a member of a unit inside"),
+        ({"ignore": [""]}, "ignore names '', a ConcatFlatten without a member of a unit inside"),
         ({"ignore": ["left", "right", "mix", "hidden"]}, "smallest fraction of macs that can be kept is 1.0000"),
         (
             {"target": 0.02},
@@ -298,6 +300,7 @@ def test_other_weights_warn_and_other_widths_are_refused_before_any_cut():
         ({"allocation": "mrs", "batches": []}, "allocation 'mrs' needs scores, or batches and attack"),
         ({"importance": "taylor"}, "importance 'taylor' needs batches and attack"),
         ({"scores": {"left": 1.0}}, "member without a score|has no score|lacks|Give scores"),
+        ({"scores": [1, 2]}, "scores are a list; a mapping of the names of members, or of units, to numbers"),
         ({"scores": {"nowhere": 1.0}}, "scores name 'nowhere', which is no unit and no module"),
         ({"scores": dict.fromkeys(("left", "right", "mix", "hidden"), math.nan)}, "the score of 'left' is nan"),
         ({"scores": {"left": 1.0}, "combine": "joint"}, "combine 'joint' needs scores of all units by unit name"),
