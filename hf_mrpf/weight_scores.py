@@ -1,7 +1,7 @@
 """Scores of channels by sums over weights: of all that a channel touches, or of the filters that write it."""
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ def squared_norms(group: "Group") -> Tensor:
     Where no convolution is grouped this is what `GroupMagnitudeImportance(p=2)` of torch-pruning gives, to the bit,
     without three copies of the weights of every side. Argument and result as for [`l1_norms`].
     """
-    return _relative(_touched(group, lambda weight, gradient: weight.square()))
+    return _relative(_touched(group, torch.square))
 
 
 def lamp_norms(group: "Group") -> Tensor:
@@ -35,7 +35,7 @@ def lamp_norms(group: "Group") -> Tensor:
 
     Of channels of the same norm an arbitrary one counts as the smaller. Argument and result as for [`l1_norms`].
     """
-    norms = _touched(group, lambda weight, gradient: weight.square())
+    norms = _touched(group, torch.square)
     ordered, places = norms.sort()
     smaller = torch.zeros_like(ordered)
     smaller[1:] = ordered.cumsum(0)[:-1]
@@ -48,7 +48,11 @@ def first_order(group: "Group") -> Tensor:
 
     Every weight must have a gradient in `.grad`. Argument and result as for [`l1_norms`].
     """
-    return _relative(_touched(group, lambda weight, gradient: (weight * gradient).abs(), batchnorm=False))
+
+    def term(weight: Tensor, gradient: Tensor) -> Tensor:
+        return (weight * gradient).abs()
+
+    return _relative(_touched(group, term, gradients=True, batchnorm=False))
 
 
 def second_order(group: "Group") -> Tensor:
@@ -57,7 +61,11 @@ def second_order(group: "Group") -> Tensor:
 
     Argument and result as for [`l1_norms`].
     """
-    return _relative(_touched(group, lambda weight, gradient: weight.square() * gradient))
+
+    def term(weight: Tensor, gradient: Tensor) -> Tensor:
+        return weight.square() * gradient
+
+    return _relative(_touched(group, term, gradients=True))
 
 
 def _relative(scores: Tensor) -> Tensor:
@@ -65,9 +73,10 @@ def _relative(scores: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _touched(group: "Group", term: Callable[[Tensor, Any], Tensor], *, batchnorm: bool = True) -> Tensor:
+def _touched(group: "Group", term: Callable[..., Tensor], *, gradients: bool = False, batchnorm: bool = True) -> Tensor:
     """
-    Mean over the sides of layers of the sums of `term(weight, gradient)` over what each channel touches there.
+    Mean over the sides of layers of the sums of `term(weight)`, or `term(weight, gradient)`, over what each channel
+    touches there.
 
     As in torch-pruning's classes, which this follows, depthwise filters and GroupNorm count nothing. They sum a grouped
     convolution's inputs over the outputs of all groups, though each is read by those of its own group alone.
@@ -80,14 +89,13 @@ def _touched(group: "Group", term: Callable[[Tensor, Any], Tensor], *, batchnorm
         layer, function = item.dep.layer, item.dep.pruning_fn
         if layer.weight is None or isinstance(layer, nn.GroupNorm) or function in left_out:
             continue
-        weight, gradient = layer.weight, layer.weight.grad
-        if weight.ndim > 1:
-            parts = 0
-            if function in (tp.prune_conv_in_channels, tp.prune_linear_in_channels):
-                parts = getattr(layer, "groups", 1)
-            sums = _sums(term, _rows(weight, parts), None if gradient is None else _rows(gradient, parts))
+        tensors = (layer.weight, layer.weight.grad) if gradients else (layer.weight,)
+        if layer.weight.ndim > 1:
+            reads = function in (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
+            parts = getattr(layer, "groups", 1) if reads else 0
+            sums = _sums(term, [_rows(tensor, parts) for tensor in tensors])
         else:
-            sums = term(weight, gradient)
+            sums = term(*tensors)
         indices = torch.tensor(item.idxs, device=sums.device)
         total.scatter_add_(0, torch.tensor(item.root_idxs, device="cpu"), sums[indices].float().cpu())
         count += 1
@@ -101,14 +109,13 @@ def _rows(weight: Tensor, parts: int) -> Tensor:
     return weight.flatten(1)
 
 
-def _sums(term: Callable[[Tensor, Any], Tensor], rows: Tensor, gradients: Tensor | None) -> Tensor:
+def _sums(term: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Tensor:
     """Of each row; some rows at a time, because fresh memory for many terms takes longer than they do."""
     # Where memory is not in rows, such sums are taken in an order that hangs on how many there are.
-    if not rows.is_contiguous() or (gradients is not None and not gradients.is_contiguous()):
-        return term(rows, gradients).sum(1)
-    some = max(1, _TERMS // rows.shape[1])
-    along = [None] * -(-len(rows) // some) if gradients is None else gradients.split(some)
-    return torch.cat([term(*both).sum(1) for both in zip(rows.split(some), along, strict=True)])
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        return term(*tensors).sum(1)
+    some = max(1, _TERMS // tensors[0].shape[1])
+    return torch.cat([term(*rows).sum(1) for rows in zip(*(t.split(some) for t in tensors), strict=True)])
 
 
 @torch.no_grad()
