@@ -48,7 +48,7 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor | tuple[Ten
                 images = batch if isinstance(batch, Tensor) else batch[0]
                 model(images.to(device))
                 count += 1
-        except Exception as error:
+        except BaseException as error:
             for buffer, value in before:
                 buffer.copy_(value)
             if "Expected more than 1 value per channel" in str(error):
