@@ -50,6 +50,7 @@ FLOORS = {
     "export": 1,
     "plan_fields": 1.5,
     "plan": 2,
+    "plan_inputs": 2.5,
     "latency": 2,
     "selection": 2,
     "compression": 4,
