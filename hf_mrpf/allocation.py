@@ -62,10 +62,11 @@ def meet_target(
     to_come: Callable[[int], None] = lambda candidates: None,
 ) -> Widths:
     """
-    Choose widths whose measured size is as near to `wanted` as whole channels allow.
+    Search widths whose measured size is near to `wanted`: within 1 % in all but networks of few sizes.
 
     An allocation takes cost to be linear in widths, which it is not: its nominal target is bisected until the measured
-    size lies on either side of the wanted one, then single channels lead from the one side to the other.
+    size lies on either side of the wanted one, then single channels lead from the one side to the other. Of networks
+    with few sizes the nearest of all may be missed.
 
     Args:
         size (`Callable[[dict[str, int]], int]`): measured size at given widths.

@@ -27,13 +27,15 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor | tuple[Ten
         `nn.Module`: `model`.
 
     Raises:
-        ValueError: If there is a BatchNorm with running statistics and `batches` is empty; nothing is changed then.
+        ValueError: If there is a BatchNorm with running statistics and `batches` is empty, or one of its batches gives
+            it a single value of a channel. Nothing is changed then, nor after any other error of a pass.
     """
     norms = _with_statistics(model)
     if not norms:
         return model
     device = next(model.parameters()).device
     momenta = [norm.momentum for norm in norms]
+    before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     count = 0
     with eval_mode(model), torch.no_grad():
         try:
@@ -43,8 +45,18 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor | tuple[Ten
                         norm.reset_running_stats()
                         norm.momentum = None  # the running statistics become a cumulative mean
                         norm.train()
-                model((batch if isinstance(batch, Tensor) else batch[0]).to(device))
+                images = batch if isinstance(batch, Tensor) else batch[0]
+                model(images.to(device))
                 count += 1
+        except BaseException as error:
+            for buffer, value in before:
+                buffer.copy_(value)
+            if "Expected more than 1 value per channel" in str(error):
+                raise ValueError(
+                    f"batch {count} of batches has {len(images)} image, which gives a BatchNorm behind pooling or a "
+                    "linear layer a single value of each channel, and no variance: give batches of two images or more."
+                ) from error
+            raise
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum

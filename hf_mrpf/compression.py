@@ -1,7 +1,7 @@
 """Everything but training in one call: scores, plan, removal, repair, BatchNorm statistics."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,22 +63,31 @@ def compress(
         `tuple[PruningPlan, CompressionReport]`.
 
     Raises:
-        ValueError: As [`plan_pruning`] does; the model is unchanged then.
+        ValueError: As [`plan_pruning`] and [`recalibrate_batchnorm`] do; the model is unchanged then.
     """
     attack = attack or AttackConfig()
     sets = list(batches)
     if not sets:
         raise ValueError("batches are empty; compress needs at least one calibration set (images, labels).")
     plan = plan_pruning(model, sets[0][0][:1], target=target, batches=sets, attack=attack, seed=seed, **options)
-    dense = copy.deepcopy(model)
     accuracy = {"dense": _accuracy(model, sets, attack, seed)}
+    pruned = prune(copy.deepcopy(model), plan)
+    accuracy["pruned"] = _accuracy(pruned, sets, attack, seed)
+    repaired = repair(pruned, model, plan, sets, attack, seed=seed)
+    accuracy["repaired"] = _accuracy(pruned, sets, attack, seed)
+    recalibrate_batchnorm(pruned, sets)
+    accuracy["recalibrated"] = _accuracy(pruned, sets, attack, seed)
+    # Only now that nothing can be refused any more.
     prune(model, plan)
-    accuracy["pruned"] = _accuracy(model, sets, attack, seed)
-    repaired = repair(model, dense, plan, sets, attack, seed=seed)
-    accuracy["repaired"] = _accuracy(model, sets, attack, seed)
-    recalibrate_batchnorm(model, sets)
-    accuracy["recalibrated"] = _accuracy(model, sets, attack, seed)
+    with torch.no_grad():
+        for own, found in zip(_tensors(model), _tensors(pruned), strict=True):
+            own.copy_(found)
     return plan, CompressionReport(accuracy, repaired)
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
 
 
 def _accuracy(model: nn.Module, sets: list[tuple[Tensor, Tensor]], attack: AttackConfig, seed: int) -> dict[str, float]:

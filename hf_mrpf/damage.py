@@ -74,6 +74,8 @@ def damage(
             differences, span = losses[0] - losses[1], math.log(above / below)
             slopes[name] = differences.mean().item() / span
             errors[name] = differences.std().item() / math.sqrt(len(differences)) / span
+        if not slopes:  # each unit has one width
+            break
         prices = {name: _cost_of_width(copies, widths, name, options[name]) for name in slopes}
         candidate = _moved(copies, options, widths, shrunk(slopes, errors, prices), prices, target)
         if candidate == widths:

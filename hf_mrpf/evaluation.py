@@ -67,8 +67,8 @@ def evaluate_robustness(
         model (`nn.Module`):
             Takes pixels in [0, 1] and returns logits, or an output with `.logits`.
         data (`tuple[Tensor, Tensor]`, `datasets.Dataset` or iterable of `(images, labels)` batches):
-            Float images `[N, 3, H, W]` in [0, 1] with class indices `[N]`; or one split of a data set with an image (or
-            `pixel_values`) and a label column.
+            Float images `[N, 3, H, W]` in [0, 1] with class indices `[N]`, also as a mapping of `pixel_values` and
+            `labels`; or one split of a data set with an image (or `pixel_values`) and a label column.
         attacks (`Sequence[str]`, *optional*, defaults to `("clean", "pgd20")`):
             Keys of `ATTACKS`: `clean` (always measured), `fgsm` (one step of length eps), `pgd20` (20 steps on the
             cross-entropy), `pgd50x5` (50 steps from each of five starts), `cw` (20 steps on the margin between the true
@@ -104,7 +104,8 @@ def evaluate_robustness(
 
     Raises:
         `ValueError`: unknown attack (the known are listed), no images, images that are not pixels in [0, 1], labels
-            that the logits have no place for, logits that are not finite (the first such image is named).
+            that the logits have no place for, a data set whose named classes are not the first ones of the model's
+            config in the same order, logits that are not finite (the first such image is named).
     """
     attack = attack or AttackConfig()
     names = _known_attacks([attacks] if isinstance(attacks, str) else attacks)
@@ -139,7 +140,7 @@ def evaluate_robustness(
             where = images.to(weight.device), labels.to(weight.device)
             return _clean_answers(network, *where, indices, gradient=bool(names))
 
-        for pool in pools(indexed_batches(data, num_samples, seed, batch_size, image_size)):
+        for pool in pools(indexed_batches(data, num_samples, seed, batch_size, image_size, _class_names(model))):
             _add_to(fingerprint, pool.indices, pool.images, pool.labels)
             everything = range(len(pool.keys))
             answers = known.settle("clean", pool, everything, clean)
@@ -186,6 +187,13 @@ def _known_attacks(attacks: Sequence[str]) -> list[str]:
     if unknown := [name for name in attacks if name not in ATTACKS]:
         raise ValueError(f"Unknown attacks {', '.join(map(repr, unknown))}; known: {', '.join(ATTACKS)}.")
     return [name for name in dict.fromkeys(attacks) if ATTACKS[name]]
+
+
+def _class_names(model: nn.Module) -> list[str] | None:
+    """The names of the classes in the model's config; None where it names none."""
+    named = getattr(getattr(model, "config", None), "id2label", None)
+    names = [str(name) for _, name in sorted(named.items())] if isinstance(named, dict) else []
+    return None if names == [f"LABEL_{index}" for index in range(len(names))] else names
 
 
 def _in_float32(model: nn.Module) -> nn.Module:

@@ -52,7 +52,8 @@ def importance_group(modules: Mapping[str, nn.Module], layers: Mapping[str, Laye
     )
     if len(order[0].positions[0]) > 1:
         width = len(order[0].positions)
-        nothing = nn.Linear(1, width, bias=False)
+        # Its initial values would be drawn from the caller's random numbers.
+        nothing = nn.utils.skip_init(nn.Linear, 1, width, bias=False, device="cpu")
         nothing.weight.data.zero_()
         nothing.weight.grad = torch.zeros_like(nothing.weight)
         add(nothing, "nothing", tp.prune_linear_out_channels, [(channel,) for channel in range(width)])

@@ -1,4 +1,4 @@
-"""How much each channel of a unit matters: torch-pruning's importances, with the gradients they need made rightly."""
+"""How much each channel of a unit matters: importances by name, and the gradients that they need."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from .attacks import logits_of
 from .modes import eval_mode
 from .processes import Processes
-from .weight_scores import l1_norms, squared_norms, summed_distances
+from .weight_scores import first_order, l1_norms, lamp_norms, second_order, squared_norms, summed_distances
 
 if TYPE_CHECKING:
     from torch_pruning.dependency import Group
-    from torch_pruning.pruner.importance import Importance
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 _NO_IMAGES = "importance {!r} needs images to take gradients on; batches are empty."
@@ -26,7 +25,8 @@ def magnitude(
 ) -> dict[str, Tensor]:
     """
     Squared l2 norm of all weights that a channel touches, relative to the unit's mean (group magnitude, p = 2,
-    [DepGraph](https://huggingface.co/papers/2301.12900)).
+    [DepGraph](https://huggingface.co/papers/2301.12900)). As in torch-pruning, whose figures these are where no
+    convolution is grouped, depthwise filters count nothing.
 
     Args:
         model (`nn.Module`): model that the groups were traced on.
@@ -83,11 +83,9 @@ def lamp(
 ) -> dict[str, Tensor]:
     """
     Squared norm of a channel over the summed norm of all that are at least as large, which compares between units
-    ([LAMP](https://huggingface.co/papers/2010.07611)). Arguments and result as for [`magnitude`].
+    ([LAMP](https://huggingface.co/papers/2010.07611)). Norms, arguments and result as for [`magnitude`].
     """
-    from torch_pruning.pruner.importance import LAMPImportance
-
-    return _score(LAMPImportance(), groups)
+    return _score(lamp_norms, groups)
 
 
 def taylor(
@@ -95,18 +93,16 @@ def taylor(
 ) -> dict[str, Tensor]:
     """
     First-order change of the adversarial cross-entropy, sum of |weight * gradient| over the weights that a channel
-    touches ([Molchanov et al., 2019](https://huggingface.co/papers/1906.10771)); torch-pruning leaves BatchNorm's own
-    scales out of it. Arguments and result as for [`magnitude`]; `batches` must not be empty.
+    touches ([Molchanov et al., 2019](https://huggingface.co/papers/1906.10771)); like torch-pruning without depthwise
+    filters and BatchNorm's own scales. Arguments and result as for [`magnitude`]; `batches` must not be empty.
     """
-    from torch_pruning.pruner.importance import GroupTaylorImportance
-
     with _borrowed_gradients(model) as parameters:
         count = 0
         for images, labels in batches:
             F.cross_entropy(logits_of(model(images)), labels, reduction="sum").backward()
             count += len(labels)
         _complete(parameters, count, "taylor", processes or Processes())
-        return _score(GroupTaylorImportance(), groups)
+        return _score(first_order, groups)
 
 
 def hessian(
@@ -116,26 +112,25 @@ def hessian(
     Second-order change of the adversarial cross-entropy, sum of weight^2 times the mean squared gradient of single
     images ([Optimal Brain
     Damage](https://proceedings.neurips.cc/paper/1989/hash/6c9882bbac1c7093bd25041881277658-Abstract.html) with the
-    empirical Fisher diagonal). Arguments and result as for [`magnitude`]; `batches` must not be empty.
+    empirical Fisher diagonal), like torch-pruning without depthwise filters. Arguments and result as for [`magnitude`];
+    `batches` must not be empty. One forward and one backward pass an image.
     """
-    from torch_pruning.pruner.importance import GroupHessianImportance
-
     with _borrowed_gradients(model) as parameters:
         squares = [torch.zeros_like(parameter) for parameter in parameters]
         count = 0
         for images, labels in batches:
-            losses = F.cross_entropy(logits_of(model(images)), labels, reduction="none")
-            for loss in losses:
-                gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+            # One graph of them all would be walked in full for each.
+            for image, label in zip(images.split(1), labels.split(1), strict=True):
+                loss = F.cross_entropy(logits_of(model(image)), label)
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
                 for square, gradient in zip(squares, gradients, strict=True):
                     if gradient is not None:
                         square.addcmul_(gradient, gradient)
                 count += 1
-        # The class's own accumulate_grad keeps only the last image; it reads means of squares from .grad as well.
         for parameter, square in zip(parameters, squares, strict=True):
             parameter.grad = square
         _complete(parameters, count, "hessian", processes or Processes())
-        return _score(GroupHessianImportance(), groups)
+        return _score(second_order, groups)
 
 
 def fisher(
@@ -184,10 +179,10 @@ def get_importance(name: str) -> Callable[..., dict[str, Tensor]]:
     return IMPORTANCES[name]
 
 
-def _score(importance: "Importance", groups: Mapping[str, "Group"]) -> dict[str, Tensor]:
+def _score(importance: Callable[["Group"], Tensor], groups: Mapping[str, "Group"]) -> dict[str, Tensor]:
     scores = {}
     for name, group in groups.items():
-        # A unit whose weights (or gradients) are all zero makes 0/0 of the class's normaliser: no channel is preferred.
+        # A unit whose weights (or gradients) are all zero makes 0/0 of the normaliser: no channel is preferred.
         score = importance(group).detach().float().cpu()
         if score.isnan().all():
             score = torch.zeros_like(score)
@@ -259,7 +254,7 @@ def _on_cpu(indices: list[int]) -> Tensor:
 
 
 def _complete(parameters: list[nn.Parameter], count: int, name: str, processes: Processes) -> None:
-    """Sums `.grad` over the processes. The classes read every weight's: where the loss does not reach, it is zero."""
+    """Sums `.grad` over the processes. Scores read every weight's: where the loss does not reach, it is zero."""
     if sum(processes.gather(count)) == 0:
         raise ValueError(_NO_IMAGES.format(name))
     for parameter in parameters:

@@ -10,6 +10,7 @@ from torch import Tensor
 from .attacks import check_pixels
 from .data import as_pixel_dataset, batches, stratified_order
 from .fingerprint import images_sha256
+from .pixels import own_class_names
 
 _KINDS = "give (images, labels) tensors, one split of a data set (such as ImageData.test), or batches of such tensors"
 # Of pixels that are held at a time: every image of CIFAR-10's test set, or 400 of 224 pixels.
@@ -48,10 +49,20 @@ def _pool(held: list[tuple[list[int], Tensor, Tensor]]) -> Pool:
 
 
 def indexed_batches(
-    data: Any, num_samples: int | None, seed: int, batch_size: int, image_size: int | None
+    data: Any,
+    num_samples: int | None,
+    seed: int,
+    batch_size: int,
+    image_size: int | None,
+    class_names: Sequence[str] | None = None,
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Yield `(indices in data, float32 images, int64 labels)`, checked."""
-    for indices, images, labels in _raw_batches(data, num_samples, seed, batch_size, image_size):
+    """
+    Yield `(indices in data, float32 images, int64 labels)`, checked.
+
+    Where `class_names` are given, a `datasets.Dataset` whose labels have names must have these, in this order; it may
+    lack the last ones.
+    """
+    for indices, images, labels in _raw_batches(data, num_samples, seed, batch_size, image_size, class_names):
         check_pixels(images)
         if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != (len(images),):
             raise ValueError(
@@ -62,14 +73,28 @@ def indexed_batches(
 
 
 def _raw_batches(
-    data: Any, num_samples: int | None, seed: int, batch_size: int, image_size: int | None
+    data: Any,
+    num_samples: int | None,
+    seed: int,
+    batch_size: int,
+    image_size: int | None,
+    class_names: Sequence[str] | None,
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
+    if _is_batch(data):
+        data = data["pixel_values"], data["labels"]
+    if isinstance(data, IterableDataset):
+        raise ValueError(
+            "data is an IterableDataset, whose images are not known beforehand; load the split without streaming, or "
+            "take some of it: Dataset.from_list(list(data.take(1000)), features=data.features)."
+        )
     if isinstance(data, Mapping):
         raise ValueError(f"data holds several splits ({', '.join(map(str, data))}); hand over one of them.")
     if isinstance(data, Dataset):
         pixels = as_pixel_dataset(data, image_size)
+        if class_names is not None and (own := own_class_names(pixels)) is not None:
+            _check_names(own, class_names)
         order = stratified_indices(pixels["labels"][:], num_samples, seed)
         starts = range(0, len(order), batch_size)
         for start, (images, labels) in zip(starts, batches(pixels, batch_size, order), strict=True):
@@ -91,7 +116,21 @@ def _raw_batches(
                 raise ValueError(
                     f"data yields {type(batch).__name__} that are no (images, labels) of tensors; {_KINDS}."
                 )
+            if isinstance(batch, Mapping) and not {"pixel_values", "labels"} <= set(batch):
+                raise ValueError(
+                    f"data yields mappings of {', '.join(map(str, batch))}; pixel_values and labels are needed."
+                )
             images, labels = (batch["pixel_values"], batch["labels"]) if isinstance(batch, Mapping) else batch
+            if isinstance(images, Tensor) and images.ndim == 3:
+                raise ValueError(
+                    f"data yields single images {list(images.shape)}, each with its label; batches of them are needed, "
+                    "such as torch.utils.data.DataLoader(data, batch_size=128) makes."
+                )
+            if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
+                raise ValueError(
+                    f"data yields images that are a {type(images).__name__} with labels that are a "
+                    f"{type(labels).__name__}; {_KINDS}."
+                )
             take = len(images) if num_samples is None else min(len(images), num_samples - seen)
             if take == 0:
                 break
@@ -101,11 +140,32 @@ def _raw_batches(
 
 def count_images(data: Any, num_samples: int | None) -> int | None:
     """Number of images to come, where it can be known."""
-    if _is_pair(data):
+    from datasets import Dataset
+
+    if _is_batch(data):
+        data = data["pixel_values"]
+    elif _is_pair(data):
         data = data[0]
-    elif not hasattr(data, "features"):
+    elif not isinstance(data, Dataset):
         return num_samples
     return len(data) if num_samples is None else min(num_samples, len(data))
+
+
+def _is_batch(data: Any) -> bool:
+    return isinstance(data, Mapping) and all(isinstance(data.get(key), Tensor) for key in ("pixel_values", "labels"))
+
+
+def _check_names(own: Sequence[str], needed: Sequence[str]) -> None:
+    """Refuse (ValueError) a data set whose class indices mean other classes than those of the model."""
+    advice = (
+        "figures of other classes, or of the same in another order, mean nothing. Give the data set of the model; if "
+        "its classes have other names there, give images and labels as tensors."
+    )
+    for index, (found, name) in enumerate(zip(own, needed, strict=False)):
+        if found != name:
+            raise ValueError(f"class {index} is {found!r} in data and {name!r} in the model: {advice}")
+    if len(own) > len(needed):
+        raise ValueError(f"data has {len(own)} classes, and the model the first {len(needed)} of them: {advice}")
 
 
 def _is_pair(data: Any) -> bool:

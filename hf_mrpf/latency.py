@@ -91,14 +91,15 @@ class Clock:
         """Milliseconds of every round: of the dense model, then of each candidate."""
         # Else other processes of this machine might still plan on its cores.
         self.processes.gather(None)
-        measured = None
-        if self.processes.is_main:
+
+        def measure() -> list[list[float]]:
             models = {"dense": self.model}
             for number, widths in enumerate(candidates):
                 models[str(number)] = copy.deepcopy(self.model)
                 cut(models[str(number)], self.graph, self.keep(widths))
-            measured = list(latency_rounds(models, self.images, **effort._asdict()).values())
-        return self.processes.from_main(measured)
+            return list(latency_rounds(models, self.images, **effort._asdict()).values())
+
+        return self.processes.on_main(measure)
 
     def describe(self) -> dict[str, Any]:
         """On what it times, for the record of a plan."""

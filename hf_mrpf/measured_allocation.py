@@ -82,27 +82,23 @@ def measured_widths(
         `dict[str, int]`: width of each unit.
 
     Raises:
-        ValueError: On every process, where the function raises one or returns other than allowed widths.
+        ValueError: On every process, where the function raises one or returns other than allowed widths. Whatever else
+            it raises is a RuntimeError on the processes that wait.
     """
     smallest = {name: widths[0] for name, widths in options.items()}
     if graph.size(smallest)[metric] >= target:
         return smallest
-    found: Widths | ValueError | None = None
-    if processes.is_main:
+
+    def measure() -> Widths:
         with progress_bar(0, allocation, "copy", shown=progress) as bar:
             copies = PrunedCopies(model, graph, keep, metric, *calibration, options, seed=seed, bar=bar)
-            try:
-                widths = MEASURED[allocation](model, copies, *calibration, options, target, seed)
-                _check_widths(allocation, widths, options)
-                found = nudged(copies.size, options, dict(widths), target)
-            except ValueError as error:
-                # Sent like a result: the other processes wait for one.
-                found = error
+            widths = MEASURED[allocation](model, copies, *calibration, options, target, seed)
+            _check_widths(allocation, widths, options)
+            found = nudged(copies.size, options, dict(widths), target)
             bar.total = bar.n
-    found = processes.from_main(found)
-    if isinstance(found, ValueError):
-        raise found
-    return found
+        return found
+
+    return processes.on_main(measure)
 
 
 def _check_widths(allocation: str, widths: Mapping[str, int], options: Mapping[str, Sequence[int]]) -> None:

@@ -1,6 +1,6 @@
 """The processes of a distributed run: the share of the work of each, and sums that come out the same on all."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -89,6 +89,49 @@ class Processes:
         box = [value]
         dist.broadcast_object_list(box)
         return box[0]
+
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """
+        What `work` returns on the main process, on every process.
+
+        Raises:
+            On the main process what `work` raises; on the others, which would wait forever, a ValueError with the same
+            text, or a RuntimeError where it is no ValueError.
+        """
+        found, error = _attempt(work) if self.is_main else (None, None)
+        found, failure = self.from_main((found, self._failure(error)))
+        if error or failure:
+            raise error or failure
+        return found
+
+    def together(self, work: Callable[[], Any]) -> list[Any]:
+        """
+        What `work` returns on each process, by rank, on every process.
+
+        Raises:
+            On a process whose `work` raises the same; on the others that of the first such process, as for `on_main`.
+        """
+        found, error = _attempt(work)
+        values = self.gather((found, self._failure(error)))
+        failures = [failure for _, failure in values if failure]
+        if failures:
+            raise error or failures[0]
+        return [value for value, _ in values]
+
+    def _failure(self, error: Exception | None) -> Exception | None:
+        """What to send of an error: any text can be sent, not any object."""
+        if error is None:
+            return None
+        if isinstance(error, ValueError):
+            return ValueError(str(error))
+        return RuntimeError(f"process {self.rank} failed with {type(error).__name__}: {error}")
+
+
+def _attempt(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    try:
+        return work(), None
+    except Exception as error:  # whatever it is, the other processes wait to hear of it
+        return None, error
 
 
 def check_same_model(model: nn.Module, processes: Processes, when: str) -> None:

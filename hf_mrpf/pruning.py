@@ -19,6 +19,7 @@ from .latency import TARGET_METRICS, Candidates, Clock, plan_by_clock
 from .measured_allocation import MEASURED, check_measurable, known_allocations, measured_widths
 from .modeling import PrunedForImageClassification, describe_pruning
 from .plan import PruningPlan, check_fits, removed_fraction, trace_for
+from .plan_inputs import check_reachable, free_units, scores_by_unit, warn_if_off
 from .processes import Processes
 from .progress import progress_bar
 from .report import package_versions
@@ -28,9 +29,8 @@ from .sensitivity import (
     SensitivityResult,
     check_finite_weights,
     module_robustness_sensitivity,
-    unit_sensitivity,
 )
-from .units import METRICS, PruningUnit, UnitGraph, check_removal, cut, trace_units
+from .units import METRICS, check_removal, cut, trace_units
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -60,8 +60,9 @@ def plan_pruning(
     """
     Plan which channels to remove so that a fraction of the cost stays. The model is not changed.
 
-    The cost of every candidate is counted exactly from the layers' shapes, without pruning a copy. The target is met
-    within 1 %, or as near as whole channels (multiples of `round_to`) allow. A target of latency, and the choice of
+    The cost of every candidate is counted exactly from the layers' shapes, without pruning a copy. Widths are
+    searched for that meet the target within 1 %. Small networks, and multiples of `round_to`, have few sizes: where the
+    nearest that was found is farther off, a warning in the log says so. A target of latency, and the choice of
     `round_to="auto"`, are measured: candidates are cut on copies and timed on the model's device in eager PyTorch,
     forward passes in turns with the model's own, so let nothing else run there meanwhile.
 
@@ -143,10 +144,15 @@ def plan_pruning(
         raise ValueError(
             f"allocation {allocation!r} needs batches and attack to measure losses on; none or only one was given."
         )
+    if scores is not None and not isinstance(scores, Mapping):
+        raise ValueError(
+            f"scores are a {type(scores).__name__}; a mapping of the names of members, or of units, to numbers is "
+            "needed, such as module_robustness_sensitivity returns."
+        )
     if not _sums_are_finite(model):
         check_finite_weights(model)
     graph = trace_units(model, example, heads=heads)
-    free = _free_units(model, graph, ignore)
+    free = free_units(model, graph, ignore)
     before = graph.size({})
     by_clock = target_metric == "latency" or round_to == "auto"
     metric = "macs" if target_metric == "latency" else target_metric
@@ -156,7 +162,7 @@ def plan_pruning(
         return {unit.name: allowed_widths(unit.width, max_ratio, *limits[unit.name]) for unit in free}
 
     if target_metric != "latency":
-        _check_reachable(graph, options_at(1 if round_to == "auto" else int(round_to)), target, metric)
+        check_reachable(graph, options_at(1 if round_to == "auto" else int(round_to)), target, metric)
 
     module_scores: dict[str, float] = {}
     unit_scores: dict[str, float] = {}
@@ -166,7 +172,7 @@ def plan_pruning(
             model, *calibration, seed=seed, groups=groups, distributed=distributed, progress=progress
         )
     if scores is not None:
-        module_scores, unit_scores = _scores_by_unit(model, graph, scores, combine)
+        module_scores, unit_scores = scores_by_unit(model, graph, scores, combine)
     processes = Processes.of(distributed)
     # Nothing is attacked unless the importance reads it.
     attacked = _attacked(model, calibration, importance, seed, processes)
@@ -234,6 +240,8 @@ def plan_pruning(
         widths = choose(target, multiple)
     after, kept = graph.size(widths), keep(widths)
     achieved = {name: after[name] / before[name] for name in METRICS}
+    if target_metric != "latency" and processes.is_main:
+        warn_if_off(achieved[metric], target, metric, multiple)
     return PruningPlan(
         target=float(target),
         target_metric=target_metric,
@@ -345,50 +353,6 @@ def _sums_are_finite(model: nn.Module) -> bool:
     tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
     with torch.no_grad():
         return all(tensor.sum().isfinite() for tensor in tensors)
-
-
-def _free_units(model: nn.Module, graph: UnitGraph, ignore: Sequence[str]) -> list[PruningUnit]:
-    if isinstance(ignore, str):
-        raise ValueError(f"ignore is {ignore!r}; a list of names is needed, such as [{ignore!r}].")
-    known = {name for name, _ in model.named_modules()}
-    if unknown := [name for name in ignore if name not in known]:
-        units = ", ".join(unit.name for unit in graph.units)
-        raise ValueError(f"ignore names {unknown[0]!r}, which is no unit and no module. Units: {units}.")
-    return [
-        unit
-        for unit in graph.units
-        if not any(f"{member}.".startswith((f"{name}.", f"{name}:")) for name in ignore for member in unit.members)
-    ]
-
-
-def _check_reachable(graph: UnitGraph, options: Mapping[str, list[int]], target: float, metric: str) -> None:
-    smallest = graph.size({name: widths[0] for name, widths in options.items()})[metric] / graph.size({})[metric]
-    if not options or smallest > 1.01 * target:
-        raise ValueError(
-            f"target {target:g} cannot be met: the smallest fraction of {metric} that can be kept is {smallest:.4f}. "
-            "Raise target or max_ratio, lower min_channels or round_to, or ignore fewer units."
-        )
-
-
-def _scores_by_unit(
-    model: nn.Module, graph: UnitGraph, scores: Mapping[str, float], combine: str
-) -> tuple[dict[str, float], dict[str, float]]:
-    modules = {name for name, _ in model.named_modules()}
-    for name, score in scores.items():
-        if name.partition(":")[0] not in modules:
-            raise ValueError(f"scores name {name!r}, which is no unit and no module of this model.")
-        if not isinstance(score, Real) or isinstance(score, bool) or not score == score or abs(score) == float("inf"):
-            raise ValueError(f"the score of {name!r} is {score!r}; a finite number is needed.")
-    if combine == "joint":
-        # Joint scores belong to units; one of a unit's first module alone would be mistaken for its unit's.
-        if set(scores) != {unit.name for unit in graph.units}:
-            raise ValueError(
-                "combine 'joint' needs scores of all units by unit name, or batches and attack to measure."
-            )
-        return {}, {unit.name: float(scores[unit.name]) for unit in graph.units}
-    by_unit = unit_sensitivity(scores, graph.units, combine)
-    given_by_unit = set(scores) == {unit.name for unit in graph.units}
-    return {} if given_by_unit else {name: float(score) for name, score in scores.items()}, by_unit
 
 
 def _measurement(scores: SensitivityResult) -> dict[str, Any]:

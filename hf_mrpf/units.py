@@ -16,6 +16,7 @@ from .groups import importance_group
 from .layers import PRODUCERS, Layer, Slot, loose_parameters, measure_layers, parameter_layer, shapes_only, skeleton
 from .modes import eval_mode
 from .surgery import cut_layer, scale_rows
+from .wrappers import refuse_hidden
 
 if TYPE_CHECKING:
     from torch_pruning.dependency import Group
@@ -185,7 +186,7 @@ def pruning_units(model: nn.Module, example: Tensor, *, heads: bool = False) -> 
 
     Raises:
         ValueError: If the model holds a layer or an operation that could not be pruned rightly; its full class name is
-            given.
+            given. If it is wrapped by `torch.compile(model)` or for data parallelism: give the network itself.
     """
     return list(trace_units(model, example, heads=heads).units)
 
@@ -197,6 +198,7 @@ def trace_units(model: nn.Module, example: Tensor, *, heads: bool = False, check
         raise ValueError(f"example is {given}; a tensor of at least one image [N, 3, H, W] is needed.")
     if torch.is_inference_mode_enabled():
         raise ValueError("channels cannot be traced inside torch.inference_mode(); leave it, or use torch.no_grad().")
+    refuse_hidden(model)
     kinds, attentions = known_layers(model), find_attention(model)
     reference = next((p for p in model.parameters() if p.is_floating_point()), None)
     if reference is None:
@@ -319,7 +321,10 @@ def check_removal(model: nn.Module, example: Tensor, graph: UnitGraph, kept: Map
         try:
             found = _error(model, example, graph, chosen, torch.float64)
         except Exception as broken:  # an arbitrary network's own code may fail in any way at other widths
-            raise unsupported(*where, f"does not run with fewer channels ({broken}); {which}") from broken
+            reason = f"does not run with fewer channels ({broken}); {which}"
+            if alone := _alone(graph):
+                reason += f"; no unit has {', '.join(alone)}: does what it computes reach the logits, as pruning needs"
+            raise unsupported(*where, reason) from broken
         if not found <= TOLERANCES[torch.float64]:
             reason = (
                 f"moves, mixes or shifts channels between its layers (removing some changes the others by {found:.1e})"
@@ -335,6 +340,12 @@ def check_removal(model: nn.Module, example: Tensor, graph: UnitGraph, kept: Map
             which = f"they are those of {', '.join(unit.members)}"
             refuse_where_wrong({unit.name: kept[unit.name]}, owner(model, names), which)
         raise
+
+
+def _alone(graph: UnitGraph) -> list[str]:
+    """Layers that are run and share no channel with others, as those do whose outputs the logits do not depend on."""
+    shared = {slot.layer for slots in graph.slots.values() for slot in slots}
+    return [name for name, layer in graph.layers.items() if layer.macs_each and name not in shared]
 
 
 def _some(graph: UnitGraph, unit: PruningUnit, generator: torch.Generator) -> Any:

@@ -47,8 +47,12 @@ class Verdicts:
         for start in range(0, len(missing), self.together):
             asked = missing[start : start + self.together]
             mine = asked[self.processes.share(len(asked))]
-            found = answer([pool.indices[i] for i in mine], pool.images[mine], pool.labels[mine]) if mine else []
-            answers = chain.from_iterable(self.processes.gather(found))
+
+            def found(mine: list[int] = mine) -> list[str]:
+                return answer([pool.indices[i] for i in mine], pool.images[mine], pool.labels[mine]) if mine else []
+
+            # An image that is refused on one process would leave the others waiting.
+            answers = chain.from_iterable(self.processes.together(found))
             entry = dict(zip([pool.keys[position] for position in asked], answers, strict=True))
             self.journal.add({"question": question, "answers": entry})
             known |= entry

@@ -19,7 +19,7 @@ def adversarial_weights(
     This is one step of radius gamma from the weights, layer by layer ([Wu et
     al.](https://huggingface.co/papers/2004.05884)); biases and norms stay. Gradients taken within are those
     that the optimizer steps along, from the weights as they were; these are back afterwards, bit for bit. What
-    evaluating the loss does to buffers, such as BatchNorm's statistics, is undone.
+    evaluating the loss does to buffers, such as BatchNorm's statistics, is undone, also where it fails.
 
     Args:
         model (`nn.Module`):
@@ -37,7 +37,12 @@ def adversarial_weights(
         if name.split(".")[-1] == "weight" and parameter.ndim > 1 and parameter.requires_grad
     ]
     buffers = [buffer.clone() for buffer in model.buffers()]
-    gradients = torch.autograd.grad(loss(), weights, allow_unused=True)
+    try:
+        gradients = torch.autograd.grad(loss(), weights, allow_unused=True)
+    finally:
+        with torch.no_grad():
+            for buffer, before in zip(model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
     directions = [
         torch.zeros_like(weight) if gradient is None else gradient
         for weight, gradient in zip(weights, gradients, strict=True)
@@ -45,8 +50,6 @@ def adversarial_weights(
     (processes or Processes()).sum_(directions)
     originals = [weight.detach().clone() for weight in weights]
     with torch.no_grad():
-        for buffer, before in zip(model.buffers(), buffers, strict=True):
-            buffer.copy_(before)
         for weight, direction in zip(weights, directions, strict=True):
             # The floor leaves a weight without gradient where it is.
             weight.add_(direction * (gamma * weight.norm() / direction.norm().clamp_min(1e-20)))

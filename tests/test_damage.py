@@ -128,6 +128,13 @@ def test_slopes_that_errors_explain_lie_on_the_price_line_and_clear_ones_stay():
     assert mixed["a"] == pytest.approx(1, rel=0.01) and 3 < mixed["c"] < 8
 
 
+def test_units_of_one_width_leave_nothing_to_measure():
+    assert damage(nn.Identity(), Copies(None), sets(2), NO_ATTACK, {"much": [8], "little": [8]}, 20, 0) == {
+        "much": 8,
+        "little": 8,
+    }
+
+
 def test_a_plan_by_damage_meets_its_target_and_comes_out_the_same_again():
     generator = torch.Generator().manual_seed(0)
     batches = [(torch.rand(8, 3, 16, 16, generator=generator), torch.arange(8) % 10) for _ in range(2)]

@@ -16,6 +16,7 @@ from process_group import on_processes
 from torch import nn
 from transformers import TrainerCallback
 
+import hf_mrpf.latency
 from hf_mrpf import (
     AttackConfig,
     MRPFConfig,
@@ -30,6 +31,7 @@ from hf_mrpf import (
 )
 from hf_mrpf.data import batches
 from hf_mrpf.fingerprint import weights_sha256
+from hf_mrpf.measured_allocation import MEASURED
 from hf_mrpf.objectives import trades
 from hf_mrpf.processes import Processes, check_same_model
 
@@ -203,6 +205,40 @@ def test_models_that_differ_between_processes_are_noticed_on_every_one(net, back
     assert messages[0].startswith("after training processes 1 hold other weights than process 0")
     with pytest.raises(ValueError, match="distributed=True needs a running process group"):
         Processes.of(True)
+
+
+def failing(net, data):
+    """What each process hears of where one fails: in a measured allocation, by the clock, and at the last image."""
+    if Processes.of(True).is_main:
+        MEASURED["broken"] = lambda *given: {}["nothing"]
+        hf_mrpf.latency.latency_rounds = lambda *given, **keywords: {}["no clock"]
+    else:
+        MEASURED["broken"] = None
+    model, group, said = here(net), Processes.of(True), []
+    options = {"distributed": True, "batches": [data], "attack": ATTACK}
+    for work in (
+        lambda: plan_pruning(model, data[0], allocation="broken", **options),
+        lambda: plan_pruning(model, data[0], allocation="uniform", target_metric="latency", distributed=True),
+        lambda: evaluate_robustness(
+            model, (data[0], data[1] + (torch.arange(len(data[1])) > 8) * 99), distributed=True
+        ),
+    ):
+        try:
+            work()
+        except Exception as error:
+            said.append(f"{type(error).__name__} {error}")
+        group.gather(None)  # the others are still there
+    return said
+
+
+def test_what_fails_on_one_process_is_raised_on_all(net):
+    data = torch.rand(10, 3, 16, 16), torch.arange(10)
+    first, second = on_processes(2, failing, net, data, timeout=60)
+    assert first[:2] == ["KeyError 'nothing'", "KeyError 'no clock'"]
+    assert second[:2] == [
+        f"RuntimeError process 0 failed with KeyError: {name}" for name in ("'nothing'", "'no clock'")
+    ]
+    assert first[2] == second[2] and first[2].startswith("ValueError The label of image 9 is 108")
 
 
 def test_shares_cover_every_item_once():

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from torch import nn
 
@@ -227,6 +227,51 @@ def test_dataset_of_images_equals_its_tensors():
     from_dataset = evaluate_robustness(model, dataset, **arguments)
     from_tensors = evaluate_robustness(model, tensors, **arguments)
     assert from_dataset.verdicts == from_tensors.verdicts and from_dataset.images == from_tensors.images
+
+
+def _named(names, labels=(0, 1)):
+    pixels = [PILImage.new("RGB", (8, 8)) for _ in labels]
+    features = Features({"img": Image(), "label": ClassLabel(names=names)})
+    return Dataset.from_dict({"img": pixels, "label": list(labels)}, features=features)
+
+
+def test_classes_of_a_data_set_must_be_those_of_the_model():
+    model = _small_net()
+    model.config = SimpleNamespace(id2label={4: "e", 0: "a", 1: "b", 2: "c", 3: "d"})
+    for names, message in (
+        (["b", "a", "c", "d", "e"], "class 0 is 'b' in data and 'a' in the model"),
+        (["a", "b", "x"], "class 2 is 'x' in data and 'c' in the model"),
+        (["a", "b", "c", "d", "e", "f"], "data has 6 classes, and the model the first 5 of them"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate_robustness(model, _named(names), "clean")
+    assert evaluate_robustness(model, _named(["a", "b"]), "clean").num_samples == 2
+    # Names that were made up tell nothing.
+    numbered = _named(["b", "a"]).cast_column("label", Value("int64"))
+    assert evaluate_robustness(model, numbered, "clean").num_samples == 2
+    model.config.id2label = {index: f"LABEL_{index}" for index in range(5)}
+    assert evaluate_robustness(model, _named(["b", "a"]), "clean").num_samples == 2
+
+
+def test_a_mapping_of_tensors_is_one_batch():
+    model, images, labels = _random_problem(8)
+    batch = {"pixel_values": images, "labels": labels}
+    assert evaluate_robustness(model, batch, "clean") == evaluate_robustness(model, (images, labels), "clean")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([(torch.rand(3, 8, 8), 3)] * 3, r"single images \[3, 8, 8\], each with its label; batches of them are needed"),
+        ([{"pixel_values": torch.rand(3, 8, 8), "labels": 1}] * 3, r"single images \[3, 8, 8\]"),
+        ([{"image": 1, "label": 2}], "data yields mappings of image, label; pixel_values and labels are needed"),
+        ([(torch.rand(2, 3, 8, 8), [0, 1])], "images that are a Tensor with labels that are a list; give"),
+        (_named(["a", "b"]).to_iterable_dataset(), "data is an IterableDataset, .* without streaming"),
+    ],
+)
+def test_data_of_other_kinds_are_refused_with_what_to_give(data, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_robustness(_small_net(), data)
 
 
 def test_other_dtypes_are_evaluated_in_float32():

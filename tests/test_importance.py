@@ -10,8 +10,9 @@ from pruning_reference import NETWORKS, ConcatFlatten, narrow_resnet
 from torch import nn
 
 from hf_mrpf.importance import IMPORTANCES, get_importance
+from hf_mrpf.pruning import plan_pruning, prune
 from hf_mrpf.units import trace_units
-from hf_mrpf.weight_scores import precise
+from hf_mrpf.weight_scores import first_order, lamp_norms, precise, second_order, squared_norms
 
 
 class Chain(nn.Module):
@@ -121,6 +122,77 @@ def test_fisher_is_half_the_mean_square_of_the_derivative_by_a_gate_that_all_rea
     (derivatives,) = torch.autograd.grad(loss, model.gates)
     both = derivatives[:, :3] + derivatives[:, 3:]  # the same channel of either group goes with the other
     torch.testing.assert_close(scores["left"], (both**2).sum(0) / (2 * 5), rtol=1e-4, atol=0)
+
+
+def touched_by(graph, unit, tensors):
+    """For each channel of a unit the sum over what writes it, and what reads it in its own group of a layer."""
+    sums = torch.zeros(unit.width)
+    for slot in graph.slots[unit.name]:
+        weight, groups = tensors[f"{slot.layer}.weight"], graph.layers[slot.layer].groups
+        for channel, own in enumerate(slot.positions):
+            for index in own:
+                if slot.side == "in":
+                    group, place = divmod(index, weight.shape[1])
+                    sums[channel] += weight.chunk(groups)[group][:, place].sum()
+                else:
+                    sums[channel] += weight[index].sum()
+    return sums
+
+
+def grouped_networks():
+    ends = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    whole = (nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1, groups=4), nn.Conv2d(8, 12, 1), *ends, nn.Linear(12, 3))
+    multiplied = (nn.Conv2d(3, 12, 3), nn.Conv2d(12, 24, 3, groups=12), *ends, nn.Linear(24, 3))
+    return {"tied": Gated(), "whole groups": nn.Sequential(*whole), "multiplied": nn.Sequential(*multiplied)}
+
+
+@pytest.mark.parametrize("network", grouped_networks())
+def test_an_input_of_a_grouped_convolution_is_read_by_the_outputs_of_its_group_alone(network):
+    model = grouped_networks()[network].eval()
+    graph = trace_units(model, torch.rand(1, 3, 8, 8))
+    images, labels = torch.rand(3, 3, 8, 8), torch.randint(3, (3,))
+    weights = dict(model.named_parameters())
+    gradients = [
+        torch.autograd.grad(F.cross_entropy(model(images[i, None]), labels[i, None]), list(weights.values()))
+        for i in range(3)
+    ]
+    found = {name: torch.stack(each) for name, each in zip(weights, zip(*gradients, strict=True), strict=True)}
+    terms = {
+        "magnitude": {name: weight**2 for name, weight in weights.items()},
+        "taylor": {name: (weight * found[name].mean(0)).abs() for name, weight in weights.items()},
+        "hessian": {name: weight**2 * (found[name] ** 2).mean(0) for name, weight in weights.items()},
+    }
+    if network == "tied":
+        terms["taylor"]["norm.weight"] = torch.zeros(6)  # as torch-pruning has it
+    for importance, tensors in terms.items():
+        scores = IMPORTANCES[importance](model, graph.groups, [(images, labels)], 0)
+        for unit in graph.units:
+            expected = touched_by(graph, unit, tensors).detach()
+            torch.testing.assert_close(scores[unit.name], expected / expected.mean(), rtol=1e-4, atol=1e-6)
+    magnitude, lamp = (IMPORTANCES[name](model, graph.groups, (), 0) for name in ("magnitude", "lamp"))
+    assert all(torch.equal(lamp[unit].argsort(), magnitude[unit].argsort()) for unit in magnitude)
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_tracing_and_pruning_leave_the_random_state(heads):
+    """Of a unit with several indices a channel, a group begins with a layer of zeros that is made up."""
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2)
+    model = vit if heads else Gated()
+    before = torch.get_rng_state()
+    plan = plan_pruning(
+        model, torch.rand(1, 3, 8, 8, generator=torch.Generator()), target=0.8, allocation="uniform",
+        min_channels=1, heads=heads,
+    )  # fmt: skip
+    prune(model, plan)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_hessian_goes_back_through_one_image_at_a_time():
+    seen = []
+    model = Chain()
+    model.classes.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    IMPORTANCES["hessian"](model, traced(model), [(torch.rand(4, 3, 8, 8), torch.randint(4, (4,)))], 0)
+    assert seen[-4:] == [1, 1, 1, 1]
 
 
 def test_fisher_waits_for_the_device_once_an_image(monkeypatch):
@@ -261,14 +333,21 @@ def test_unknown_importances_are_refused():
 
 
 @pytest.mark.parametrize("network", [*NETWORKS, "test_vit", "convnext_atto"])
-def test_magnitude_is_that_of_torch_pruning_to_the_bit(network):
-    """Whatever makes it faster: a plan must not hang on the order of a sum."""
-    from torch_pruning.pruner.importance import GroupMagnitudeImportance
+def test_sums_of_weights_and_gradients_are_those_of_torch_pruning_to_the_bit(network):
+    """Whatever makes them faster: a plan must not hang on the order of a sum."""
+    from torch_pruning.pruner import importance as theirs
 
     build, size = (
         NETWORKS[network] if network in NETWORKS else (lambda: timm.create_model(network, num_classes=10), 160)
     )
     model = build()
     groups = traced(model, size)
-    scores, theirs = IMPORTANCES["magnitude"](model, groups, (), 0), GroupMagnitudeImportance(p=2)
-    assert all(torch.equal(scores[unit], theirs(group)) for unit, group in groups.items())
+    for parameter in model.parameters():
+        parameter.grad = torch.rand_like(parameter)
+    for ours, their in (
+        (squared_norms, theirs.GroupMagnitudeImportance(p=2)),
+        (lamp_norms, theirs.LAMPImportance()),
+        (first_order, theirs.GroupTaylorImportance()),
+        (second_order, theirs.GroupHessianImportance()),
+    ):
+        assert all(torch.equal(ours(group), their(group)) for group in groups.values()), ours

@@ -173,18 +173,18 @@ def test_the_loss_is_that_of_images_attacked_anew_on_the_model(model):
 def test_only_the_main_process_measures_and_all_get_what_it_found(model, monkeypatch):
     class Second(Processes):
         def from_main(self, value):
-            assert value is None
-            return sent
+            assert value == (None, None)
+            return sent, failure
 
     def never(*given):
         raise AssertionError("the second process measured")
 
     monkeypatch.setitem(MEASURED, "half", never)
-    options, sent = {"left": [1, 8]}, {"left": 1}
+    options, sent, failure = {"left": [1, 8]}, {"left": 1}, None
     graph = type("Graph", (), {"size": staticmethod(lambda widths: {"macs": sum(widths.values())})})
     arguments = ("half", model, graph, None, (calibration(), ATTACK), options, "macs", 4.0)
     assert measured_widths(*arguments, seed=0, processes=Second(1, 2)) is sent
-    sent = ValueError("what went wrong on the first")
+    sent, failure = None, ValueError("what went wrong on the first")
     with pytest.raises(ValueError, match="what went wrong on the first"):
         measured_widths(*arguments, seed=0, processes=Second(1, 2))
 

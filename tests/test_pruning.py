@@ -199,6 +199,16 @@ def test_rounding_and_least_widths_are_honoured(round_to, min_channels):
     assert plan.achieved["macs"] == pytest.approx(0.6, rel=0.1)
 
 
+def test_a_target_that_is_missed_by_more_than_a_percent_is_said(caplog):
+    plan = plan_pruning(ConcatFlatten(), torch.rand(1, 3, 8, 8), allocation="uniform", target=0.9, round_to=12)
+    (record,) = caplog.records
+    achieved = plan.achieved["macs"]
+    assert f"keeps {achieved:.4f} of the macs, which is" in record.message and achieved < 0.88
+    assert "off the target 0.9" in record.message and "multiples of 12: a smaller round_to" in record.message
+    caplog.clear()
+    assert plan_pruning(narrow_resnet(), torch.rand(1, 3, 32, 32), allocation="uniform") and not caplog.records
+
+
 def test_ignored_units_stay_whole():
     model, images = narrow_resnet(), torch.rand(1, 3, 32, 32)
     plan = plan_pruning(model, images, target=0.7, allocation="uniform", ignore=["layer3", "conv1.0"])
@@ -279,6 +289,8 @@ def test_other_weights_warn_and_other_widths_are_refused_before_any_cut():
         ({"seed": True}, "seed is True"),
         ({"ignore": ["layer9"]}, "ignore names 'layer9', which is no unit and no module. Units: left, right"),
         ({"ignore": "left"}, r"a list of names is needed, such as \['left'\]"),
+        ({"ignore": ["left", "norm"]}, "ignore names 'norm', a BatchNorm2d without a member of a unit inside"),
+        ({"ignore": [""]}, "ignore names '', a ConcatFlatten without a member of a unit inside"),
         ({"ignore": ["left", "right", "mix", "hidden"]}, "smallest fraction of macs that can be kept is 1.0000"),
         (
             {"target": 0.02},
@@ -288,6 +300,7 @@ def test_other_weights_warn_and_other_widths_are_refused_before_any_cut():
         ({"allocation": "mrs", "batches": []}, "allocation 'mrs' needs scores, or batches and attack"),
         ({"importance": "taylor"}, "importance 'taylor' needs batches and attack"),
         ({"scores": {"left": 1.0}}, "member without a score|has no score|lacks|Give scores"),
+        ({"scores": [1, 2]}, "scores are a list; a mapping of the names of members, or of units, to numbers"),
         ({"scores": {"nowhere": 1.0}}, "scores name 'nowhere', which is no unit and no module"),
         ({"scores": dict.fromkeys(("left", "right", "mix", "hidden"), math.nan)}, "the score of 'left' is nan"),
         ({"scores": {"left": 1.0}, "combine": "joint"}, "combine 'joint' needs scores of all units by unit name"),

@@ -219,6 +219,25 @@ def test_recalibration_needs_images_and_norms_that_keep_statistics():
     assert recalibrate_batchnorm(plain, []) is plain
 
 
+def test_a_batch_of_one_image_for_small_maps_changes_nothing_and_is_refused():
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 12),
+        nn.BatchNorm1d(12), nn.Linear(12, 4),
+    )  # fmt: skip
+    model(torch.rand(4, 3, 8, 8))
+    before = copy.deepcopy(model.state_dict())
+    one = (torch.rand(1, 3, 8, 8), torch.tensor([0]))
+    for work in (
+        lambda: recalibrate_batchnorm(model, [torch.rand(2, 3, 8, 8), one]),
+        lambda: compress(model, [one], 0.5, attack=ATTACK, allocation="uniform"),
+    ):
+        with pytest.raises(ValueError, match=r"batch \d of batches has 1 image, which gives a BatchNorm"):
+            work()
+        after = model.state_dict()
+        assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert model[1].momentum == model[5].momentum == 0.1
+
+
 def test_compress_does_it_all_and_reports_every_step(trained):
     dense, batches = trained
     model = copy.deepcopy(dense)

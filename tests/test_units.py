@@ -14,7 +14,10 @@ from pruning_reference import (
     randomise,
 )
 from torch import nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils.prune import l1_unstructured
 from torch_pruning.dependency import Group, index_mapping
+from transformers.utils import ModelOutput
 
 from hf_mrpf.architectures import known_layers, refresh
 from hf_mrpf.attacks import logits_of
@@ -229,6 +232,74 @@ def test_a_branch_for_training_alone_is_refused():
         ValueError, match=r"Branches\) does not run with fewer channels \(.*\); they are those of first"
     ):
         pruning_units(model, torch.rand(1, 3, 8, 8))
+
+
+def test_a_second_head_is_named_whose_output_the_logits_do_not_depend_on():
+    class TwoHeads(Branches):
+        def forward(self, images):
+            logits = super().forward(images)
+            return ModelOutput(logits=logits, aux=self.aux(self.first(images).mean((2, 3))))
+
+    model = TwoHeads(lambda self, x: x)
+    model.aux = nn.Linear(12, 5)
+    with pytest.raises(ValueError, match="no unit has aux: does what it computes reach the logits, as pruning needs"):
+        pruning_units(model, torch.rand(1, 3, 8, 8))
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+def normalised(norm):
+    def change(model):
+        model.second = norm(model.second)
+        return model
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (compiled, r"the model was made by torch\.compile.*Give the network itself, model\._orig_mod, and compile"),
+        (lambda model: nn.Sequential(compiled(model)), r"module '0' was made.*model\.0\._orig_mod"),
+        (nn.DataParallel, r"the model is a DataParallel.*Give the network itself, model\.module"),
+        (normalised(parametrizations.weight_norm), r"remove_parametrizations\(model\.second, 'weight'\)"),
+        (
+            normalised(nn.utils.spectral_norm),
+            r"module 'second' .*first: torch\.nn\.utils\.remove_spectral_norm\(model\.sec",
+        ),
+        (
+            normalised(lambda layer: l1_unstructured(layer, "weight", 0.5)),
+            r"utils\.prune\.remove\(model\.second, name\)",
+        ),
+    ],
+)
+def test_what_hides_layers_or_weights_is_named_with_what_takes_it_off(change, message):
+    model, images = Branches(lambda self, x: x), torch.rand(1, 3, 8, 8)
+    plan = plan_pruning(model, images, allocation="uniform")
+    hidden = change(model)
+    for work in (
+        lambda: pruning_units(hidden, images),
+        lambda: plan_pruning(hidden, images, allocation="uniform"),
+        lambda: prune(hidden, plan),
+    ):
+        with pytest.raises(ValueError, match=message):
+            work()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of the function that is told apart here
+def test_the_older_weight_norm_is_named_too():
+    with pytest.raises(ValueError, match=r"first: torch\.nn\.utils\.remove_weight_norm\(model\.second\)"):
+        pruning_units(normalised(nn.utils.weight_norm)(Branches(lambda self, x: x)), torch.rand(1, 3, 8, 8))
+
+
+def test_a_network_that_was_compiled_in_place_is_pruned():
+    model, images = Branches(lambda self, x: x).eval(), torch.rand(1, 3, 8, 8)
+    model.compile(backend="eager")
+    model(images)
+    plan = plan_pruning(model, images, allocation="uniform")
+    assert prune(model, plan)(images).shape == (1, 5)
 
 
 def test_a_network_that_cannot_train_at_all_is_not_blamed_on_pruning():

@@ -128,6 +128,18 @@ def test_weights_are_back_after_an_error_and_a_weight_without_gradient_stays(dat
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_statistics_are_back_where_the_loss_fails():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+
+    def broken():
+        model(torch.rand(4, 3, 8, 8))
+        raise RuntimeError("in the loss")
+
+    with pytest.raises(RuntimeError, match="in the loss"), adversarial_weights(model, broken, GAMMA):
+        pass
+    assert torch.equal(model[1].running_mean, torch.zeros(4)) and model[1].num_batches_tracked == 0
+
+
 def test_under_autocast_the_forward_runs_at_the_perturbed_weights():
     model, images, labels = net(), torch.rand(4, 3, 16, 16), torch.arange(4)
     with torch.autocast("cpu", torch.bfloat16):
