@@ -144,11 +144,37 @@ def test_another_file_under_the_name_of_the_table_is_left_alone(tmp_path):
     assert "days" in table.read_text()
 
 
+def row(cell, status="finished"):
+    return {"cell": cell, "status": status}
+
+
+@pytest.mark.parametrize("damaged", [b"{oops\n", b"\xff\xfe\n", b"5\n", b'{"cell": "b"}\n', b"a\rb\n"])
+def test_a_damaged_row_is_named_and_costs_no_other(tmp_path, damaged):
+    table = tmp_path / "table.jsonl"
+    for name in "abc":
+        append_row(table, row(name))
+    head, *lines = table.read_bytes().splitlines(keepends=True)
+    for held in ([head, lines[0], damaged, *lines[1:]], [head, *lines, damaged]):
+        table.write_bytes(b"".join(held))
+        number = held.index(damaged) + 1
+        for act in (lambda: append_row(table, row("d")), lambda: read_rows(table)):
+            with pytest.raises(ValueError, match=rf"table\.jsonl, line {number} is not a row: .*; remove it"):
+                act()
+        assert table.read_bytes() == b"".join(held)
+    table.write_bytes(b"".join([head, lines[0], b"\n", *lines[1:], b"\n", lines[0][:9]]))
+    append_row(table, row("d"))
+    assert [each["cell"] for each in read_rows(table)] == ["a", "b", "c", "d"], "a blank line is passed over"
+
+
+def test_a_cell_that_ended_well_is_finished_whatever_another_call_says_of_it():
+    rows = [row("a"), row("a", "failed"), row("b", "failed"), row("b") | {"seconds": 1}, row("c", "failed")]
+    assert finished(rows) == {"a": rows[0], "b": rows[3]}
+
+
 def test_many_writers_lose_no_line(tmp_path):
     table = tmp_path / "table.jsonl"
     writers = [
-        threading.Thread(target=lambda n=n: [append_row(table, {"cell": f"{n}-{i}"}) for i in range(10)])
-        for n in range(4)
+        threading.Thread(target=lambda n=n: [append_row(table, row(f"{n}-{i}")) for i in range(10)]) for n in range(4)
     ]
     for writer in writers:
         writer.start()
