@@ -105,7 +105,8 @@ class Journal:
         found = [content for content in contents[:good] if content]
         if found[:1] == [{"subject": self.subject}]:
             if good < len(lines):
-                kept = shutil.copy(self.path, _free_name(self.path))
+                kept = _free_name(self.path)
+                shutil.copy(self.path, kept)
                 LOGGER.warning(
                     "%s, line %d is damaged: it and what follows are found again; the file as it was is kept as %s.",
                     *(self.path, good + 1, kept.name),

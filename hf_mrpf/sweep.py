@@ -98,8 +98,7 @@ def sweep_cells(config: SweepConfig) -> list[Cell]:
         if (same := grid.setdefault(pruned.settings, pruned)) is not pruned:
             raise ValueError(
                 f"Two cells of the grid are the same run: {same.axes} and {values}. Each value of an axis must change "
-                "an option, and --set may not settle what an axis varies: give it one value by --set grid.AXIS=[...] "
-                "instead."
+                "an option: leave one of them out, or give it options of its own."
             )
         cells = [dense, pruned, *_controls(config, dense, pruned, chosen)]
         found |= {cell.name: found.get(cell.name, cell) for cell in cells}

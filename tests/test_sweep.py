@@ -97,6 +97,10 @@ def test_small_and_set_change_the_file(config):
     cells = sweep_cells(small)
     assert (small.name, len(cells)) == ("grid-small", 4)
     assert all(cell.options["max_train_samples"] == 10 and cell.options["eps"] == 0.1 for cell in cells)
+    mixed = config(GRID, "grid.importance=[lamp, magnitude]").grid["importance"]
+    assert mixed == {"lamp": {"importance": "lamp"}, "magnitude": {"importance": "magnitude"}}
+    added = config(GRID, "grid.architecture.mine={model_name_or_path: ./mine}").grid["architecture"]
+    assert list(added) == ["narrow", "mine"] and added["mine"] == {"model_name_or_path": "./mine"}
     picked = config(GRID, "grid.architecture=[narrow]").grid["architecture"]
     assert picked == {"narrow": config().grid["architecture"]["narrow"]}
 
@@ -108,7 +112,7 @@ def test_small_and_set_change_the_file(config):
         (["max_train_sample=1"], "known: .*max_train_samples"),
         (["eps"], "write KEY=VALUE"),
         (["grid.width=[1]"], "'width' is not known; known: architecture, data, .*seed"),
-        (["grid.architecture=[narrow, wide]", "grid.seed=7"], "must be a list of values"),
+        (["grid.seed=7"], "must be a list of values"),
         (["grid.seed=[]"], "has no value"),
         (["grid.method=[lamp]"], "needs options"),
         (["dense.target=0.5"], "dense: 'target' is not known"),
@@ -118,6 +122,15 @@ def test_small_and_set_change_the_file(config):
         (["controls.longer=true"], "known: dense_longer, from_scratch"),
         (["common=[1]"], "common: .* must be a mapping"),
         (["eps=[1"], "not valid YAML"),
+        (["importance=lamp"], r'--set importance: \'magnitude\' of the axis.*"grid.importance=\[\.\.\.\]"'),
+        (["grid.target=[0.5]", "target=0.4"], "--set target: 0.5 of the axis target sets it"),
+        (["backbone_kwargs={}"], "--set .* 'narrow' of the axis .*\"grid.architecture.narrow.backbone_kwargs="),
+        (
+            ["grid.architecture=[narrow, ./mine]"],
+            "'narrow' stands for options .* './mine' is none of .*narrow\\. Pick names alone",
+        ),
+        (["grid.method={a: {eps: 1}}", "grid.method=[a, b]"], "'a' stands for options of the file, and 'b' is none"),
+        (["grid.architecture=[narrow, [1]]"], r"'narrow' stands for options of the file, and \[1\] is none"),
     ],
 )
 def test_what_is_not_known_is_refused_with_what_is(config, overrides, message):
@@ -142,7 +155,7 @@ def test_what_a_recipe_refuses_is_refused_before_any_cell(config, override, mess
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["importance=lamp"], "same run.*--set grid.AXIS"),
+        (["grid.method={a: {beta: 6}, b: {beta: 6}}"], "same run.*leave one of them out"),
         (["prune.pruning_rounds=2"], "leave out the controls, or pruning_rounds"),
         (["max_steps=5"], "give num_train_epochs instead of max_steps"),
         (["grid.method={long: {num_train_epochs: 9}, short: {}}"], "has a length of its own: set num_train_epochs"),

@@ -273,7 +273,7 @@ def test_the_recipe_lists_writes_for_slurm_and_draws_what_is_there(cells, launch
 
     for options, message in (
         (("--cell", "99"), f"the sweep has cells 0 to {len(cells) - 1}"),
-        (("--set", "importance=lamp"), "same run"),
+        (("--set", "importance=lamp"), "of the axis importance sets it"),
     ):
         status, shown = recipe(monkeypatch, capsys, *common, *options)
         assert status == 2 and shown.err.startswith("error: ") and message in shown.err
