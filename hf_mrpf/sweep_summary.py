@@ -37,8 +37,17 @@ class Spread:
 
 
 def rows_of(cells: Iterable[Cell], finished: Mapping[str, Row]) -> list[Row]:
-    """The finished rows of these cells, in their order."""
-    return [finished[cell.name] for cell in cells if cell.name in finished]
+    """
+    The finished rows of these cells, in their order, one for each place that a run has in the grid.
+
+    Axes and starts are those of the cells: another sweep may have written the row, under labels of its own.
+    """
+    rows = []
+    for cell in cells:
+        if cell.name in finished:
+            start = {"start": cell.start.name} if cell.start else {}
+            rows += [finished[cell.name] | {"axes": axes} | start for axes in (cell.axes, *cell.others)]
+    return rows
 
 
 def percent(row: Row, attack: str, model: str | None = None) -> float:

@@ -108,7 +108,7 @@ def show(config: SweepConfig, cells: list[Cell]) -> None:
     files, text = show_rows(config, rows)
     if text:
         print(text)
-    print(f"{len(rows)} of {len(cells)} cells in {', '.join(map(str, files))}", flush=True)
+    print(f"{len({row['cell'] for row in rows})} of {len(cells)} cells in {', '.join(map(str, files))}", flush=True)
 
 
 def write_script(file: Path, cells: list[Cell], arguments: argparse.Namespace) -> None:

@@ -81,6 +81,16 @@ def test_a_distilled_grid_has_a_dense_model_and_controls_by_trades(config):
     assert {cell.options["objective"] for cell in cells if cell.recipe == "train"} == {"trades", "pgd"}
 
 
+def test_a_run_at_several_places_of_the_grid_is_done_once(config):
+    cells = sweep_cells(config(GRID, "grid.objective=[trades, rslad, mart]", "grid.seed=[0]", "grid.target=[0.5]"))
+    assert len({cell.settings for cell in cells}) == len(cells)
+    for kind in ("dense", "dense-longer"):
+        assert [cell.axes["objective"] for cell in of(kind, cells)] == ["trades", "mart"]
+        assert [[axes["objective"] for axes in cell.others] for cell in of(kind, cells)] == [["rslad"], []]
+    names = {cell.name for cell in cells}
+    assert all(cell.start.name in names for cell in cells if cell.start)
+
+
 def test_a_name_is_that_of_the_settings_and_not_of_the_machine(config):
     def names(*overrides):
         return [cell.name for cell in sweep_cells(config(GRID, *overrides))]

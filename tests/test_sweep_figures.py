@@ -205,6 +205,33 @@ def test_a_table_compares_objectives_which_have_dense_models_of_their_own(made):
     assert changes[("pgd", "magnitude")] == "+1.5 ± 0.7" and changes[("trades", "magnitude")] == ""
 
 
+def test_a_dense_model_of_two_objectives_stands_beside_both(made):
+    config, rows = made("grid.objective=[trades, rslad]", "grid.target=[0.5]")
+    found = rows_of(sweep_cells(config), {row["cell"]: row for row in rows})
+    assert len(rows) == 4 + 8 + 4 and len(found) == len(rows) + 4
+    _, lines = table_of(summary_table(found))
+    dense = [line[0] for line in lines if line[1].startswith("dense")]
+    assert dense == ["trades", "trades", "rslad", "rslad"]
+    assert {line[-2] for line in lines if line[:2] == ["rslad", "random"]} == {"-12.0 ± 0.0"}
+    stars = containers(sparsity_figure(found, ["objective", "importance"]).axes[1])
+    assert {"trades: dense, same extra epochs", "rslad: dense, same extra epochs"} <= stars.keys()
+
+
+def test_rows_of_another_sweep_have_the_labels_of_this_one(made, tmp_path):
+    _, rows = made()
+    text = GRID.replace("[magnitude, random]", "{magnitude: {importance: magnitude}, random: {importance: random}}")
+    (tmp_path / "grid.yaml").write_text(
+        text.replace("importance: {", "method: {", 1).replace("{importance: [", "{method: [")
+    )
+    cells = sweep_cells(read_config(tmp_path / "grid.yaml"))
+    found = rows_of(cells, {row["cell"]: row for row in rows})
+    assert len(found) == len(cells) == len(rows) and not any("importance" in row["axes"] for row in found)
+    series = containers(sparsity_figure(found, ["method"]).axes[1])
+    assert {"magnitude", "random"} <= series.keys() and "None" not in str(series.keys())
+    heading, lines = table_of(summary_table(found, against={"method": "magnitude"}))
+    assert {line[-2] for line in lines if line[0] == "random"} == {"-5.0 ± 0.0"} and heading[0] == "method"
+
+
 def test_every_series_of_any_panel_is_in_the_legend(made):
     _, rows = made("grid.objective=[trades, pgd]")
     some = [row for row in rows if row["axes"].get("importance") != "random" or row["axes"]["objective"] == "pgd"]
