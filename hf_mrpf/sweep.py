@@ -23,6 +23,12 @@ RANKS = {"dense": 0, "pruned": 1, "dense-longer": 1, "from-scratch": 2}
 RECIPE_OF = {"dense": "train", "pruned": "prune", "dense-longer": "train", "from-scratch": "train"}
 # What a cell that starts from a saved model has from it.
 OF_THE_MODEL = ("model_name_or_path", "model_revision", "backbone_kwargs", "pretrained", "small_images", "image_size")
+# What an image costs in training, how many an epoch has, and what the result is measured on: controls of equal compute
+# have these in common with the dense training and with the fine-tuning.
+EQUAL = (
+    *("dataset_name", "dataset_config_name", "dataset_revision", "train_split", "max_train_samples"),
+    *("max_eval_samples", "objective", "num_steps", "awp_gamma", "norm", "eps"),
+)
 LONGEST_NAME = 100
 # Stands for a model that has not been trained yet, where options are only tried.
 SOME_MODEL = "timm/resnet18"
@@ -155,8 +161,23 @@ def _controls(config: SweepConfig, dense: Cell, pruned: Cell, chosen: Options) -
                 "controls.from_scratch trains at equal compute, which is counted in epochs: give num_train_epochs "
                 "instead of max_steps, or leave the control out."
             )
-        epochs = trained.num_train_epochs
-        yield Cell("from-scratch", pruned.axes, same | {"fresh_weights": True, "dense_epochs": epochs}, pruned)
+        tuned = Cell("from-scratch", pruned.axes, same, pruned)
+        _refuse_other_costs(dense, tuned)
+        # Fresh weights learn by what networks from scratch are trained by here, not by a rate for fine-tuning.
+        length = {name: same[name] for name in ("num_train_epochs",) if name in same}
+        own = _less(dense.options, (*OF_THE_MODEL, "num_train_epochs")) | length | {"report_split": "test"}
+        own |= {"fresh_weights": True, "dense_epochs": trained.num_train_epochs}
+        yield Cell("from-scratch", pruned.axes, own, pruned)
+
+
+def _refuse_other_costs(dense: Cell, tuned: Cell) -> None:
+    first, second = ({k: v for part in _parsed(cell) for k, v in vars(part).items()} for cell in (dense, tuned))
+    if other := [name for name in EQUAL if first[name] != second[name]]:
+        told = ", ".join(f"{name} ({first[name]} and {second[name]})" for name in other)
+        raise ValueError(
+            f"controls.from_scratch is of equal compute only where dense training and fine-tuning have images and "
+            f"attacks alike, and at {tuned.axes} they differ in {told}. Set these in common, or leave the control out."
+        )
 
 
 def check_cells(cells: Iterable[Cell]) -> None:

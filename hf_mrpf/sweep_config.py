@@ -45,7 +45,8 @@ class SweepConfig:
         output_dir (`str`): folder of the runs, the table and what is drawn; `outputs/sweeps` if not given. Sweeps in
             one folder share the runs that they have in common, such as dense models.
         common, dense, prune (`dict`): options of every run, of the training of dense models alone, and of pruning with
-            its fine-tuning (a control is trained by these too).
+            its fine-tuning. The control `dense_longer` is trained by those of the fine-tuning, `from_scratch` by those
+            of dense models.
         grid (`dict[str, dict[Any, dict]]`): options of each value of each axis.
         controls (`dict`): `dense_longer` (`bool`), and `from_scratch`: `True` for every cell, or the values of axes
             that a cell must have.

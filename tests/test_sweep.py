@@ -168,6 +168,10 @@ def test_what_a_recipe_refuses_is_refused_before_any_cell(config, override, mess
         (["grid.method={a: {beta: 6}, b: {beta: 6}}"], "same run.*leave one of them out"),
         (["prune.pruning_rounds=2"], "leave out the controls, or pruning_rounds"),
         (["max_steps=5"], "give num_train_epochs instead of max_steps"),
+        (["dense.num_steps=10", "prune.num_steps=1"], r"equal compute only .* differ in num_steps \(10 and 1\)"),
+        (["prune.objective=pgd"], r"differ in objective \(trades and pgd\)\. Set these in common"),
+        (["grid.method={awp: {awp_gamma: 0.01}, not: {}}"], r"differ in awp_gamma \(None and 0\.01\)"),
+        (["prune.max_train_samples=50", "dense.eps=0.1"], r"differ in max_train_samples \(100 and 50\), eps"),
         (["grid.method={long: {num_train_epochs: 9}, short: {}}"], "has a length of its own: set num_train_epochs"),
     ],
 )
@@ -209,8 +213,18 @@ def test_the_longer_dense_model_is_one_whatever_pruned_ones_are_trained_by(confi
     longer = [cell for cell in cells if cell.kind == "dense-longer"]
     assert len(longer) == len([cell for cell in cells if cell.kind == "dense"]) == 2
     assert all("learning_rate" not in cell.options for cell in longer)
-    rates = {cell.options["learning_rate"] for cell in cells if cell.kind == "from-scratch"}
-    assert rates == {0.1, 0.05}
+
+
+def test_a_shape_from_scratch_learns_by_what_dense_models_do_for_the_length_of_both(config):
+    changes = ("dense.learning_rate=0.3", "dense.optim_args=momentum=0.8", "prune.learning_rate=0.01")
+    for cell in of("from-scratch", sweep_cells(config(GRID, *changes, "prune.ema_decay=0.9"))):
+        assert (cell.options["learning_rate"], cell.options["optim_args"]) == (0.3, "momentum=0.8")
+        assert "ema_decay" not in cell.options and cell.options["max_train_samples"] == 100
+        assert (cell.options["dense_epochs"], cell.options["num_train_epochs"]) == (4.0, 2)
+    cells = sweep_cells(config(GRID.replace("prune: {num_train_epochs: 2, ", "prune: {")))
+    assert not any("num_train_epochs" in cell.options for cell in of("from-scratch", cells))
+    # What both have by default, and what only the teacher of a distillation sees, is no difference.
+    sweep_cells(config(GRID, "dense.num_steps=5", "prune.objective=rslad", "dense.objective=trades"))
 
 
 def test_the_script_for_slurm_submits_every_cell_once_after_what_it_starts_from(config, tmp_path):
