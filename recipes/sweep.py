@@ -63,8 +63,8 @@ RECIPES = Path(sys.argv[0]).parent
 def main() -> None:
     arguments = ARGUMENTS or parse_arguments()
     config = read_config(arguments.config, small=arguments.small, overrides=arguments.set)
-    check_show(config)
     cells = sweep_cells(config)
+    check_show(config, cells)
     wanted = cells if arguments.cell is None else [cell_number(number, cells) for number in arguments.cell]
     check_cells(wanted)
     launcher = shlex.split(arguments.accelerate)

@@ -180,30 +180,37 @@ def test_a_grid_that_cannot_be_is_refused(config, overrides, message):
         sweep_cells(config(GRID, *overrides))
 
 
+TWO = ["grid.allocation=[mrs, uniform]"]
+
+
 @pytest.mark.parametrize(
-    ("show", "message"),
+    ("show", "overrides", "message"),
     [
-        ("{}", "show.kind is None; known: lines, dots, layers, table"),
-        ("{kind: lines, line: importance}", "line is not known for a lines; known: kind, lines"),
-        ("{kind: lines}", "an axis, or a list of axes"),
-        ("{kind: dots, dots: data}", "'data' is no axis of the grid"),
-        ("{kind: table, against: {importance: lamp}}", "'lamp' is not in the grid"),
-        ("{kind: table, against: {data: digits}}", "accuracies on other data cannot be subtracted"),
-        ("{kind: table, against: importance}", "a mapping from axes to one value"),
+        ("{}", [], "show.kind is None; known: lines, dots, layers, table"),
+        ("{kind: lines, line: importance}", [], "line is not known for a lines; known: kind, lines"),
+        ("{kind: lines}", [], "an axis, or a list of axes"),
+        ("{kind: dots, dots: data}", [], "'data' is no axis of the grid"),
+        ("{kind: table, against: {importance: lamp}}", [], "'lamp' is not in the grid"),
+        ("{kind: table, against: {data: digits}}", [], "accuracies on other data cannot be subtracted"),
+        ("{kind: table, against: importance}", [], "a mapping from axes to one value"),
+        ("{kind: dots, dots: importance}", ["grid.data={a: , b: {eps: 0.2}}", *TWO], "two axes, and data, .* differ"),
+        ("{kind: layers, lines: target}", ["prune.allocation=uniform"], "No cell holds sensitivities of layers"),
+        ("{kind: layers, lines: target}", ["prune.combine=joint"], "No cell holds sensitivities of layers"),
     ],
 )
-def test_what_could_not_be_drawn_is_refused_before_any_cell(config, show, message):
-    check_show(config())
+def test_what_could_not_be_drawn_is_refused_before_any_cell(config, show, overrides, message):
+    check_show(config(), sweep_cells(config()))
+    changed = config(GRID, f"show={show}", *overrides)
     with pytest.raises(ValueError, match=message):
-        check_show(config(GRID, f"show={show}"))
+        check_show(changed, sweep_cells(changed))
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 @pytest.mark.parametrize("small", [True, False], ids=["small", "whole"])
 def test_the_sweeps_of_the_paper_are_what_the_recipes_take(file, small):
     config = read_config(file, small=small)
-    check_show(config)
     cells = sweep_cells(config)
+    check_show(config, cells)
     # Another seed is refused for the same reasons.
     check_cells([cell for cell in cells if cell.axes.get("seed") == 0])
 
