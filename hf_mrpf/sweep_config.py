@@ -120,9 +120,10 @@ def _checked(content: dict[str, Any], always: Options) -> SweepConfig:
             known = list(RECIPES) if axis in DENSE_AXES else ["prune"]
             values[label] = _options(f"grid.{axis}.{label}", options, known)
             for option in always.keys() & values[label].keys():
+                place = f"grid.{axis}=[...]" if option == AXES[axis] else f"grid.{axis}.{label}.{option}=..."
                 raise ValueError(
                     f"--set {option}: {label!r} of the axis {axis} sets it, and would stand for something else in the "
-                    f'figure. Change the grid: --set "grid.{axis}=[...]" or "grid.{axis}.{label}.{option}=...".'
+                    f'figure. Change the grid instead: --set "{place}".'
                 )
     if not content["grid"]:
         raise ValueError(f"grid is empty; give at least one axis: {', '.join(AXES)}.")
