@@ -28,7 +28,7 @@ def equal_compute_epochs(model: PrunedForImageClassification, dense_epochs: floa
             The pruned shape; its config says which dense network it came from.
         dense_epochs (`float`), epochs (`float`):
             Epochs of the dense network before it was pruned, and of this shape after that. The same images and attack
-            steps in both; what pruning itself took is not counted.
+            steps in both, which a sweep checks; what pruning itself took and a teacher's predictions are not counted.
 
     Returns:
         `float`: `dense_epochs * MACs(dense) / MACs(model) + epochs`.

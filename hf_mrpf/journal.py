@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
@@ -20,8 +21,9 @@ class Journal:
 
     The first line says what the entries belong to. A journal about anything else is begun anew or, with `keep`, moved
     aside, to the first free name of `verdicts.jsonl.1` and so on, with a warning. A last line that was cut short is
-    dropped. Floats come back bit for bit. On several processes the main one reads and writes the file, and all of them
-    have the same entries.
+    dropped. From any other damaged line on, entries are to be found again, and a copy of the file is kept aside. Floats
+    come back bit for bit. On several processes the main one reads and writes the file, and all of them have the same
+    entries.
 
     Args:
         path (`Path` or `str`, *optional*):
@@ -97,38 +99,51 @@ class Journal:
                 f"journal {self.path} holds something else, which would be lost: it needs a file of its own. Give "
                 "another name, or move this file"
             )
-        whole, found = b"", []
-        for line in held.splitlines(keepends=True):
-            content = _parse(line) if line.endswith(b"\n") else None
-            if content is None:
-                break  # cut short, and with it whatever follows
-            whole += line
-            found.append(content)
+        lines = whole_lines(held)
+        contents = [parse_line(line) if line.strip() else {} for line in lines]
+        good = contents.index(None) if None in contents else len(lines)
+        found = [content for content in contents[:good] if content]
         if found[:1] == [{"subject": self.subject}]:
+            if good < len(lines):
+                kept = _free_name(self.path)
+                shutil.copy(self.path, kept)
+                LOGGER.warning(
+                    "%s, line %d is damaged: it and what follows are found again; the file as it was is kept as %s.",
+                    *(self.path, good + 1, kept.name),
+                )
             self.entries = found[1:]
-            return whole
-        if len(found) > 1 and self.keep:
-            self._move_aside(self.path)
+            return b"".join(lines[:good])
+        if len(lines) > 1 and self.keep:
+            kept = self.path.rename(_free_name(self.path))
+            LOGGER.warning(
+                "%s is of another measurement, such as one of other weights: kept as %s.", self.path, kept.name
+            )
         return b""
 
-    def _move_aside(self, path: Path) -> None:
-        names = (path.with_name(f"{path.name}.{number}") for number in count(1))
-        kept = path.rename(next(name for name in names if not name.exists()))
-        LOGGER.warning("%s is of another measurement, such as one of other weights: kept as %s.", path, kept.name)
+
+def whole_lines(held: bytes) -> list[bytes]:
+    """The lines of a file with their ends; a last one that was cut short, which has none, is left out."""
+    return [line + b"\n" for line in held.split(b"\n")[:-1]]
 
 
-def _is_journal(held: bytes) -> bool:
-    """Whether a file begins as one, or was cut short before its first line was whole."""
-    line, end, _ = held.partition(b"\n")
-    content = _parse(line)
-    if content is None:
-        return not end and line[: len(_HEAD)] == _HEAD[: len(line)]
-    return content.keys() == {"subject"} and isinstance(content["subject"], dict)
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """The JSON object that a line holds, or None where it holds something else."""
     try:
         content = json.loads(line)
     except ValueError:
         return None
     return content if isinstance(content, dict) else None
+
+
+def _free_name(path: Path) -> Path:
+    names = (path.with_name(f"{path.name}.{number}") for number in count(1))
+    return next(name for name in names if not name.exists())
+
+
+def _is_journal(held: bytes) -> bool:
+    """Whether a file begins as one, or was cut short before its first line was whole."""
+    line, end, _ = held.partition(b"\n")
+    content = parse_line(line)
+    if content is None:
+        return not end and line[: len(_HEAD)] == _HEAD[: len(line)]
+    return content.keys() == {"subject"} and isinstance(content["subject"], dict)

@@ -23,6 +23,12 @@ RANKS = {"dense": 0, "pruned": 1, "dense-longer": 1, "from-scratch": 2}
 RECIPE_OF = {"dense": "train", "pruned": "prune", "dense-longer": "train", "from-scratch": "train"}
 # What a cell that starts from a saved model has from it.
 OF_THE_MODEL = ("model_name_or_path", "model_revision", "backbone_kwargs", "pretrained", "small_images", "image_size")
+# What an image costs in training, how many an epoch has, and what the result is measured on: controls of equal compute
+# have these in common with the dense training and with the fine-tuning.
+EQUAL = (
+    *("dataset_name", "dataset_config_name", "dataset_revision", "train_split", "max_train_samples"),
+    *("max_eval_samples", "objective", "num_steps", "awp_gamma", "norm", "eps"),
+)
 LONGEST_NAME = 100
 # Stands for a model that has not been trained yet, where options are only tried.
 SOME_MODEL = "timm/resnet18"
@@ -39,12 +45,15 @@ class Cell:
         axes (`dict`): value of each axis of the grid that the run depends on.
         options (`dict`): of the recipe, but for the folders.
         start (`Cell`, *optional*): the cell whose result it starts from.
+        others (`list[dict]`): further places in the grid that the run stands at, such as the dense model of the
+            objectives `trades` and `rslad`.
     """
 
     kind: str
     axes: dict[str, Any]
     options: Options
     start: "Cell | None" = field(default=None, repr=False)
+    others: list[dict[str, Any]] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def recipe(self) -> str:
@@ -86,24 +95,30 @@ def sweep_cells(config: SweepConfig) -> list[Cell]:
         ValueError: where two cells would be the same run, or a control cannot be made, with what to change.
     """
     found: dict[str, Cell] = {}
-    grid: dict[str, Cell] = {}
     axes = [axis for axis in (*DENSE_AXES, *config.grid) if axis in config.grid]
     axes = list(dict.fromkeys(axes))
     for labels in itertools.product(*(config.grid[axis] for axis in axes)):
         values = dict(zip(axes, labels, strict=True))
         chosen = _merged(config.grid[axis][label] for axis, label in values.items())
-        dense = _dense(config, values)
+        dense = _once(_dense(config, values), found)
         options = _known(config.common | config.prune | chosen | config.always, "prune")
         pruned = Cell("pruned", values, _less(options, OF_THE_MODEL), dense)
-        if (same := grid.setdefault(pruned.settings, pruned)) is not pruned:
+        if (same := _once(pruned, found)) is not pruned:
             raise ValueError(
                 f"Two cells of the grid are the same run: {same.axes} and {values}. Each value of an axis must change "
-                "an option, and --set may not settle what an axis varies: give it one value by --set grid.AXIS=[...] "
-                "instead."
+                "an option: leave one of them out, or give it options of its own."
             )
-        cells = [dense, pruned, *_controls(config, dense, pruned, chosen)]
-        found |= {cell.name: found.get(cell.name, cell) for cell in cells}
+        for control in _controls(config, dense, pruned, chosen):
+            _once(control, found)
     return sorted(found.values(), key=lambda cell: RANKS[cell.kind])
+
+
+def _once(cell: Cell, found: dict[str, Cell]) -> Cell:
+    """The first cell that is the same run, which then stands at the place of this one too."""
+    first = found.setdefault(cell.settings, cell)
+    if cell.axes not in (first.axes, *first.others):
+        first.others.append(cell.axes)
+    return first
 
 
 def _dense(config: SweepConfig, values: Mapping[str, Any]) -> Cell:
@@ -131,13 +146,14 @@ def _controls(config: SweepConfig, dense: Cell, pruned: Cell, chosen: Options) -
     same = trained_as(chosen)
     if longer:
         # One for each dense model: what only pruned ones are trained by is not in it.
-        control = trained_as(_merged(config.grid[axis][label] for axis, label in dense.axes.items()))
+        axes = {axis: label for axis, label in pruned.axes.items() if axis in DENSE_AXES}
+        control = trained_as(_merged(config.grid[axis][label] for axis, label in axes.items()))
         if any(same.get(name) != control.get(name) for name in ("num_train_epochs", "max_steps")):
             raise ValueError(
                 f"controls.dense_longer trains the dense model for as long as the pruned ones, and {pruned.axes} has a "
                 "length of its own: set num_train_epochs and max_steps outside of the grid, or leave the control out."
             )
-        yield Cell("dense-longer", dense.axes, control, dense)
+        yield Cell("dense-longer", axes, control, dense)
     if scratch:
         trained = _parsed(dense)[-1]
         if trained.max_steps > 0 or int(same.get("max_steps", 0)) > 0:
@@ -145,8 +161,23 @@ def _controls(config: SweepConfig, dense: Cell, pruned: Cell, chosen: Options) -
                 "controls.from_scratch trains at equal compute, which is counted in epochs: give num_train_epochs "
                 "instead of max_steps, or leave the control out."
             )
-        epochs = trained.num_train_epochs
-        yield Cell("from-scratch", pruned.axes, same | {"fresh_weights": True, "dense_epochs": epochs}, pruned)
+        tuned = Cell("from-scratch", pruned.axes, same, pruned)
+        _refuse_other_costs(dense, tuned)
+        # Fresh weights learn by what networks from scratch are trained by here, not by a rate for fine-tuning.
+        length = {name: same[name] for name in ("num_train_epochs",) if name in same}
+        own = _less(dense.options, (*OF_THE_MODEL, "num_train_epochs")) | length | {"report_split": "test"}
+        own |= {"fresh_weights": True, "dense_epochs": trained.num_train_epochs}
+        yield Cell("from-scratch", pruned.axes, own, pruned)
+
+
+def _refuse_other_costs(dense: Cell, tuned: Cell) -> None:
+    first, second = ({k: v for part in _parsed(cell) for k, v in vars(part).items()} for cell in (dense, tuned))
+    if other := [name for name in EQUAL if first[name] != second[name]]:
+        told = ", ".join(f"{name} ({first[name]} and {second[name]})" for name in other)
+        raise ValueError(
+            f"controls.from_scratch is of equal compute only where dense training and fine-tuning have images and "
+            f"attacks alike, and at {tuned.axes} they differ in {told}. Set these in common, or leave the control out."
+        )
 
 
 def check_cells(cells: Iterable[Cell]) -> None:

@@ -45,7 +45,8 @@ class SweepConfig:
         output_dir (`str`): folder of the runs, the table and what is drawn; `outputs/sweeps` if not given. Sweeps in
             one folder share the runs that they have in common, such as dense models.
         common, dense, prune (`dict`): options of every run, of the training of dense models alone, and of pruning with
-            its fine-tuning (a control is trained by these too).
+            its fine-tuning. The control `dense_longer` is trained by those of the fine-tuning, `from_scratch` by those
+            of dense models.
         grid (`dict[str, dict[Any, dict]]`): options of each value of each axis.
         controls (`dict`): `dense_longer` (`bool`), and `from_scratch`: `True` for every cell, or the values of axes
             that a cell must have.
@@ -73,7 +74,8 @@ def read_config(path: Path | str, *, small: bool = False, overrides: Sequence[st
         small (`bool`, *optional*, defaults to `False`): put in the changes that the file has under `small`; the name
             then ends in `-small`.
         overrides (`Sequence[str]`, *optional*): `KEY=VALUE` each, the value as YAML. A key is a path into the file
-            (`grid.seed=[0]`, `show.against=...`), or an option of a recipe, which is then put over all others.
+            (`grid.seed=[0]`, `show.against=...`), or an option of a recipe that no value of the grid sets, which is
+            then put over all others.
 
     Raises:
         ValueError: where the file cannot be read, or has a key that is not known, with those that are.
@@ -117,6 +119,12 @@ def _checked(content: dict[str, Any], always: Options) -> SweepConfig:
         for label, options in values.items():
             known = list(RECIPES) if axis in DENSE_AXES else ["prune"]
             values[label] = _options(f"grid.{axis}.{label}", options, known)
+            for option in always.keys() & values[label].keys():
+                place = f"grid.{axis}=[...]" if option == AXES[axis] else f"grid.{axis}.{label}.{option}=..."
+                raise ValueError(
+                    f"--set {option}: {label!r} of the axis {axis} sets it, and would stand for something else in the "
+                    f'figure. Change the grid instead: --set "{place}".'
+                )
     if not content["grid"]:
         raise ValueError(f"grid is empty; give at least one axis: {', '.join(AXES)}.")
     content["controls"] = _controls(dict(_mapping("controls", content.get("controls"))), content["grid"])
@@ -157,12 +165,25 @@ def _put(content: dict[str, Any], key: str, value: Any) -> None:
             raise ValueError(f"{key}: {folder} is no mapping, so nothing can be set in it.")
     if folders == ["grid"]:
         _refuse_unknown("grid", [last], AXES)
-        there = place.get(last, {})
-        picks = isinstance(value, list) and bool(value) and all(item in there for item in value)
-        value = {item: there[item] for item in value} if picks else _values(last, value)
+        value = _picked(last, value, place.get(last, {}))
     elif key == "grid":
         value = {axis: _values(axis, values) for axis, values in _mapping(key, value).items()}
     place[last] = value
+
+
+def _picked(axis: str, value: Any, there: Mapping[Any, Options]) -> dict[Any, Options]:
+    single = [item for item in value if not isinstance(item, list | dict)] if isinstance(value, list) else []
+    named = [item for item in single if item in there]
+    if single and len(named) == len(value):
+        return {item: there[item] for item in named}
+    if own := [item for item in named if there[item] != {AXES[axis]: item}]:
+        other = next(item for item in value if item not in named)
+        raise ValueError(
+            f"grid.{axis}: {own[0]!r} stands for options of the file, and {other!r} is none of its names, which are "
+            f"{', '.join(map(str, there))}. Pick names alone, or give this one options too: "
+            f'--set "grid.{axis}.NAME={{...}}".'
+        )
+    return _values(axis, value)
 
 
 def _options(place: str, options: Any, recipes: Iterable[str]) -> Options:

@@ -1,34 +1,51 @@
 """The figures of a sweep: readable in print and with any colour vision, means with their spread over seeds."""
 
+import math
 import statistics
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .results import attack_title
 from .sweep_config import DENSE_AXES
-from .sweep_summary import ROBUST, TITLES, Spread, agreeing, grouped, percent, removed, varying
+from .sweep_summary import (
+    ROBUST,
+    TITLES,
+    Spread,
+    agreeing,
+    balls_of,
+    differing,
+    grouped,
+    images_of,
+    percent,
+    removed,
+    varying,
+)  # fmt: skip
 from .sweep_table import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# The colours of Okabe and Ito but yellow, which is too light for a line. Markers and strokes differ as well.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
+# The colours of Okabe and Ito but yellow, which is too light for a line; black last, for the dense controls have it.
+# Markers and strokes differ as well.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STROKES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 2)))
 METRICS = {"macs": "MACs", "params": "parameters", "latency": "latency"}
 CLEAN, UNDER_ATTACK = COLOURS[0], COLOURS[1]
 PANEL = 3.6  # inches
+ASIDE = 10  # points to the left of the dense model, at which the first control stands
+NO_SENSITIVITIES = "No cell holds sensitivities of layers: let the sweep prune by the allocation mrs."
 
 
 def sparsity_figure(rows: Sequence[Row], lines: Sequence[str]) -> "Figure":
     """
     Clean and robust accuracy against what was removed: a line for each value of the axes `lines`.
 
-    A line begins at its dense model; a star there is that model after the same extra epochs, and hollow marks are
-    shapes trained from scratch. What else differs but seed and target makes columns of panels, robust accuracy below.
+    A line begins at its dense model; a star set aside from there is that model after the same extra epochs, and hollow
+    marks are shapes trained from scratch. What else differs but seed and target makes columns of panels, robust
+    accuracy below.
     """
     pruned = _pruned(rows)
     across = varying(pruned, *lines, "target")
@@ -51,7 +68,7 @@ def sparsity_figure(rows: Sequence[Row], lines: Sequence[str]) -> "Figure":
             if line == 1 or len(panels) == 1:
                 panel.set_xlabel(f"{_metrics(pruned)} removed (%)")
     _legend(figure)
-    return _noted(figure, pruned, "mean ± standard deviation")
+    return _noted(figure, [row for row in rows if row["kind"] != "dense"], "mean ± standard deviation")
 
 
 def dots_figure(rows: Sequence[Row], dots: str) -> "Figure":
@@ -62,9 +79,7 @@ def dots_figure(rows: Sequence[Row], dots: str) -> "Figure":
         ValueError: where more than two further axes differ, with their names.
     """
     pruned = _pruned(rows)
-    further = varying(pruned, dots)
-    if len(further) > 2:
-        raise ValueError(f"A grid of panels has two axes, and {', '.join(further)} differ: pick values with --set.")
+    further = further_axes([row["axes"] for row in pruned], dots)
     down, across = (further[:1], further[1:]) if len(further) == 2 else ([], further)
     panel_rows, panel_columns = list(grouped(pruned, down)), list(grouped(pruned, across))
     names = [values[0] for values in grouped(pruned, [dots])]
@@ -83,26 +98,43 @@ def dots_figure(rows: Sequence[Row], dots: str) -> "Figure":
     return _noted(figure, pruned, "mean ± standard deviation")
 
 
+def further_axes(places: Iterable[Mapping[str, Any]], dots: str) -> list[str]:
+    """
+    The axes of a grid that panels of dots are over.
+
+    Raises:
+        ValueError: where more than two differ, with their names.
+    """
+    further = differing(places, dots)
+    if len(further) > 2:
+        raise ValueError(f"A grid of panels has two axes, and {', '.join(further)} differ: pick values with --set.")
+    return further
+
+
 def layers_figure(rows: Sequence[Row], lines: Sequence[str]) -> "Figure":
     """
     Module Robustness Sensitivity of each layer on a log axis, from the input to the output: a line for each value of
     the axes `lines`, the geometric mean over seeds, with bars from the least to the greatest.
+
+    A line is broken at a layer that its networks lack, and where the score is zero or less for some seed: a hollow mark
+    below all others stands for it.
 
     Raises:
         ValueError: where no row holds sensitivities, which plans by `mrs` alone have.
     """
     pruned = [row for row in _pruned(rows) if row["results"].get("module_scores")]
     if not pruned:
-        raise ValueError("No finished cell holds sensitivities of layers: let the sweep prune by the allocation mrs.")
+        raise ValueError(NO_SENSITIVITIES)
     panels, names = grouped(pruned, varying(pruned, *lines)), list(grouped(pruned, lines))
     layers = max(len(row["results"]["module_scores"]) for row in pruned)
     figure, axes = _panels(1, len(panels), width=max(1.6 * PANEL, 1.2 + 0.19 * layers), height=4.2)
     for column, (title, inside) in enumerate(panels.items()):
         panel = axes[0][column]
         modules = list(dict.fromkeys(name for row in inside for name in row["results"]["module_scores"]))
-        for values, group in grouped(inside, lines).items():
-            _layers(panel, group, modules, names.index(values), _words(values))
         panel.set_yscale("log")
+        floor = _floor(panel, inside)
+        for values, group in grouped(inside, lines).items():
+            _layers(panel, group, modules, names.index(values), _words(values), floor)
         panel.set_title(_words(title) or _common(pruned, *lines), fontsize=10)
         panel.set_xticks(range(len(modules)), [name.removeprefix("backbone.") for name in modules], rotation=90)
         panel.tick_params(axis="x", labelsize=8)
@@ -126,14 +158,21 @@ def _line(panel: "Axes", group: list[Row], attack: str, style: int, label: str) 
 
 
 def _controls(panel: "Axes", inside: list[Row], lines: Sequence[str], names: list[tuple], attack: str) -> None:
+    from matplotlib.transforms import ScaledTranslation
+
     stars = grouped(_of("dense-longer", inside), [axis for axis in lines if axis in DENSE_AXES])
+    panel.set_xmargin(0.05 + 0.05 * len(stars))
     for number, (values, group) in enumerate(stars.items()):
         point = Spread.of(percent(row, attack) for row in group)
         label = f"{_words(values)}: {TITLES['dense-longer']}".removeprefix(": ")
+        # Beside the dense model, whose bar would cover the star's.
+        aside = ScaledTranslation(-ASIDE * (number + 1) / 72, 0, panel.figure.dpi_scale_trans)
         panel.errorbar(
             [0], [point.mean], yerr=point.deviation, fmt="*", color="black", markersize=11, label=label, zorder=5,
-            markerfacecolor=_style(("black", "white", "0.6"), number),
+            markerfacecolor=_style(("black", "white", "0.6"), number), capsize=2.5, transform=panel.transData + aside,
         )  # fmt: skip
+        # The limits of a panel follow no bar that is moved.
+        panel.update_datalim([(0, point.mean + sign * (point.deviation or 0.0)) for sign in (-1, 1)])
     pruned = {row["cell"]: row for row in _of("pruned", inside)}
     for values, group in grouped(_of("from-scratch", inside), lines).items():
         known = [row for row in group if row["start"] in pruned]
@@ -162,18 +201,36 @@ def _dots(panel: "Axes", inside: list[Row], dots: str, names: list, attack: str)
         )  # fmt: skip
 
 
-def _layers(panel: "Axes", group: list[Row], modules: list[str], style: int, label: str) -> None:
-    found = [[row["results"]["module_scores"].get(name, 0.0) for row in group] for name in modules]
-    # A log axis has no place for a score of zero or less: its layer is left out.
-    kept = [(place, scores) for place, scores in enumerate(found) if min(scores) > 0]
-    means = [statistics.geometric_mean(scores) for _, scores in kept]
-    below = [mean - min(scores) for mean, (_, scores) in zip(means, kept, strict=True)]
-    above = [max(scores) - mean for mean, (_, scores) in zip(means, kept, strict=True)]
+def _floor(panel: "Axes", rows: Iterable[Row]) -> float:
+    """Where marks of scores of zero or less stand, for which a log axis has no place; its axis reaches down to them."""
+    scores = [score for row in rows for score in row["results"]["module_scores"].values()]
+    positive = [score for score in scores if score > 0]
+    low, high = min(positive, default=1.0), max(positive, default=1.0)
+    margin = max(1.4, (high / low) ** 0.07)
+    if len(positive) < len(scores):
+        panel.set_ylim(low / margin**2, high * margin)
+        # No number beside the hollow marks, whose height means nothing.
+        formatter = panel.yaxis.get_major_formatter()
+        panel.yaxis.set_major_formatter(lambda value, _: formatter(value) if value > low / margin else "")
+    return low / margin
+
+
+def _layers(panel: "Axes", group: list[Row], modules: list[str], style: int, label: str, floor: float) -> None:
+    found = [[row["results"]["module_scores"].get(name, math.nan) for row in group] for name in modules]
+    # A line ends at what is not a number, and begins again after it.
+    kept = [scores if all(score > 0 for score in scores) else [] for scores in found]
+    means = [statistics.geometric_mean(scores) if scores else math.nan for scores in kept]
+    below = [mean - min(scores, default=math.nan) for mean, scores in zip(means, kept, strict=True)]
+    above = [max(scores, default=math.nan) - mean for mean, scores in zip(means, kept, strict=True)]
     bars = [[max(value, 0.0) for value in side] for side in (below, above)] if len(group) > 1 else None
+    look = {"color": _style(COLOURS, style), "marker": _style(MARKERS, style), "markersize": 5}
     panel.errorbar(
-        [place for place, _ in kept], means, yerr=bars, color=_style(COLOURS, style), marker=_style(MARKERS, style),
-        linestyle=_style(STROKES, style), markersize=5, linewidth=1.2, capsize=2, label=label,
+        range(len(modules)), means, yerr=bars, linestyle=_style(STROKES, style), linewidth=1.2, capsize=2, label=label,
+        **look,
     )  # fmt: skip
+    if rest := [place for place, scores in enumerate(found) if any(score <= 0 for score in scores)]:
+        (dots,) = panel.plot(rest, [floor] * len(rest), linestyle="none", label="zero or less for some seed", **look)
+        dots.set_markerfacecolor("white")
 
 
 def _marks(
@@ -187,8 +244,10 @@ def _marks(
     hollow: bool = False,
 ) -> None:
     colour = _style(COLOURS, style)
+    # Where there is one seed no bar is drawn: one of no length would say that seeds agree.
+    bars = [math.nan if spread.deviation is None else spread.deviation for spread in spreads]
     panel.errorbar(
-        places, [spread.mean for spread in spreads], yerr=[spread.deviation or 0.0 for spread in spreads],
+        places, [spread.mean for spread in spreads], yerr=bars,
         color=colour, marker=_style(MARKERS, style), linestyle=linestyle, capsize=2.5, markersize=7 if hollow else 5.5,
         linewidth=1.4, markerfacecolor="white" if hollow else colour, label=label,
     )  # fmt: skip
@@ -220,13 +279,14 @@ def _legend(figure: "Figure") -> None:
 
 
 def _noted(figure: "Figure", rows: Sequence[Row], spread: str, *, accuracy: bool = True) -> "Figure":
-    seeds = len({row["axes"].get("seed") for row in rows})
-    over = "one seed" if seeds == 1 else f"{spread} over {seeds} seeds"
-    result = rows[0]["results"]
-    radii = sorted({row["results"]["eps"] for row in rows})
-    images = " or ".join(f"{count:,}" for count in sorted({row["results"]["num_samples"] for row in rows}))
-    ball = f"{result['norm']} eps {', '.join(f'{eps:.3g}' for eps in radii)}"
-    tested = f"n = {images} test images, {attack_title(ROBUST)} in {ball}; " if accuracy else f"attacks in {ball}; "
+    axes = sorted({axis for row in rows for axis in row["axes"]} - {"seed"})
+    points = [each for kind in {row["kind"] for row in rows} for each in grouped(_of(kind, rows), axes).values()]
+    least, most = (pick(len(each) for each in points) for pick in (min, max))
+    seeds = f"{least} to {most} seeds" if least < most else f"{most} seeds"
+    over = "one seed" if most == 1 else f"{spread} over {seeds}{', no bar where there is one' if least == 1 else ''}"
+    ball = balls_of(rows)
+    accuracies = f"n = {images_of(rows)} test images, {attack_title(ROBUST)} in {ball}; "
+    tested = accuracies if accuracy else f"attacks in {ball}; "
     width = int(figure.get_figwidth() / 0.068)  # letters of 8.5 points
     figure.supxlabel(textwrap.fill(f"{tested}{over}", width), fontsize=8.5, color="0.3")
     return figure

@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from .run_folder import RunFolder
 from .sweep import Cell, run_folder
 from .sweep_table import TABLE, append_row, finished, latest, read_rows, results_of, row_of
 
@@ -17,7 +20,7 @@ LINES_OF_A_REASON = 12
 # For which a run that was stopped may go on: it ends its step and writes a checkpoint.
 SECONDS_TO_SAVE = 60.0
 _BETWEEN_LOOKS = 0.1
-_STOPPING = (signal.SIGINT, signal.SIGTERM)
+_STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 Launch = Callable[[Sequence[str], Path, Path], int]
 Say = Callable[[str], None]
 
@@ -57,6 +60,9 @@ def run_cells(
     """
     Does cells one after the other, each in a process of its own, and appends a row as each of them ends.
 
+    Several calls may share the cells: one that another is doing is not begun here, and one that another has finished in
+    the meantime is passed over.
+
     Args:
         cells (`Sequence[Cell]`): to be done, each after the one that it starts from.
         output_dir (`Path`): folder of the sweep.
@@ -70,24 +76,53 @@ def run_cells(
     left: list[Cell] = []
     for number, cell in enumerate(cells, start=1):
         say(f"[{number}/{len(cells)}] {cell.name}")
-        if cell.start and not _has_model(output_dir, cell.start):
-            say(f"  not begun: {cell.start.name}, which it starts from, {_why(cell.start, output_dir)}")
-            left.append(cell)
-            continue
-        row = _done(cell, output_dir, command(cell), launch)
-        append_row(output_dir / TABLE, row)
-        if row["status"] == "finished":
-            say(f"  {_figures(row['results'])}, {row['seconds']:,.0f} s")
+        with _held(cell, output_dir) as other:
+            if other:
+                say(f"  not begun here: {other}")
+                left.append(cell)
+            elif _settled(cell, output_dir):
+                say("  finished by another call in the meantime")
+            elif cell.start and not _has_model(output_dir, cell.start):
+                say(f"  not begun: {cell.start.name}, which it starts from, {_why(cell.start, output_dir)}")
+                left.append(cell)
+            else:
+                row = _done(cell, output_dir, command(cell), launch)
+                append_row(output_dir / TABLE, row)
+                say(_ended(row))
+                left += [cell] if row["status"] != "finished" else []
+    return [cell for cell in left if not _settled(cell, output_dir)]
+
+
+@contextmanager
+def _held(cell: Cell, output_dir: Path) -> Iterator[str]:
+    """Keeps other calls from doing a cell; where one does it already, says so and touches nothing of it."""
+    file = _log(cell, output_dir, "lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(str(file), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield f"it is being done by pid {file.read_text().strip() or 'unknown'}"
+        return
+    try:
+        file.write_text(f"{os.getpid()}\n")
+        try:
+            # A run may have outlived the call that began it, where that was killed.
+            RunFolder(run_folder(output_dir, cell), {}, overwrite=True).check()
+        except ValueError as error:
+            yield str(error)
         else:
-            say(f"  failed after {row['seconds']:,.0f} s; the next call tries it again:\n{_indented(row['reason'])}")
-            left.append(cell)
-    return left
+            yield ""
+    finally:
+        lock.release()
+
+
+def _settled(cell: Cell, output_dir: Path) -> bool:
+    return cell.name in finished(read_rows(output_dir / TABLE)) and _has_model(output_dir, cell)
 
 
 def _done(cell: Cell, output_dir: Path, words: Sequence[str], launch: Launch) -> dict[str, Any]:
-    logs = output_dir / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    out, err = logs / f"{cell.name}.out", logs / f"{cell.name}.err"
+    out, err = _log(cell, output_dir, "out"), _log(cell, output_dir, "err")
     start = time.monotonic()
     status = launch(words, out, err)
     seconds = round(time.monotonic() - start, 1)
@@ -99,6 +134,16 @@ def _done(cell: Cell, output_dir: Path, words: Sequence[str], launch: Launch) ->
     else:
         reason = f"exit status {status}\n{last_lines(err.read_text(errors='replace'))}"
     return row_of(cell, status="failed", seconds=seconds, reason=reason)
+
+
+def _log(cell: Cell, output_dir: Path, ending: str) -> Path:
+    return output_dir / "logs" / f"{cell.name}.{ending}"
+
+
+def _ended(row: Mapping[str, Any]) -> str:
+    if row["status"] == "finished":
+        return f"  {_figures(row['results'])}, {row['seconds']:,.0f} s"
+    return f"  failed after {row['seconds']:,.0f} s; the next call tries it again:\n{_indented(row['reason'])}"
 
 
 def last_lines(text: str) -> str:
@@ -114,7 +159,7 @@ def run_process(words: Sequence[str], out: Path, err: Path) -> int:
     Runs a command, its output in two files, and gives its exit status.
 
     Raises:
-        Stopped: where this process gets SIGINT or SIGTERM; the command got it too, and has ended.
+        Stopped: where this process gets SIGINT, SIGTERM or SIGHUP; the command was stopped too, and has ended.
     """
     with out.open("wb") as output, err.open("wb") as errors, _signals_noted() as noted:
         # A session of its own: the signal of a terminal reaches the run once, through here.
@@ -123,7 +168,8 @@ def run_process(words: Sequence[str], out: Path, err: Path) -> int:
         # A launcher may end before the run that it started, which is still saving a checkpoint.
         while process.poll() is None or (noted and waited < SECONDS_TO_SAVE and _passed_on(process.pid, 0)):
             for signum in noted[passed_on:]:
-                _passed_on(process.pid, signum)
+                # A run saves a checkpoint at the first two; of a terminal that was closed it knows nothing.
+                _passed_on(process.pid, signum if signum in _STOPPING[:2] else signal.SIGTERM)
             passed_on = len(noted)
             waited += _BETWEEN_LOOKS if noted else 0.0
             time.sleep(_BETWEEN_LOOKS)

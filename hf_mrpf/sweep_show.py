@@ -4,8 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .sweep_config import SweepConfig
-from .sweep_figures import KINDS
+from .allocation import reads
+from .config import MRPFConfig
+from .sweep import Cell
+from .sweep_config import Options, SweepConfig
+from .sweep_figures import KINDS, NO_SENSITIVITIES, further_axes
 from .sweep_summary import summary_table
 from .sweep_table import Row
 
@@ -13,9 +16,13 @@ from .sweep_table import Row
 ARGUMENTS = {"lines": "lines", "dots": "dots", "layers": "lines", "table": "against"}
 
 
-def check_show(config: SweepConfig) -> None:
+def check_show(config: SweepConfig, cells: Sequence[Cell]) -> None:
     """
     Refuses a section `show` that could not be drawn, before anything is run for it.
+
+    Args:
+        config ([`SweepConfig`]): says what is shown.
+        cells (`Sequence[Cell]`): all of the sweep.
 
     Raises:
         ValueError: with what is known, or is in the grid.
@@ -42,6 +49,17 @@ def check_show(config: SweepConfig) -> None:
         if kind == "table" and (label := show[argument][axis]) not in config.grid[axis]:
             known = ", ".join(map(str, config.grid[axis]))
             raise ValueError(f"show.against.{axis}: {label!r} is not in the grid, which has {known}.")
+    pruned = [cell for cell in cells if cell.kind == "pruned"]
+    if kind == "dots":
+        further_axes([cell.axes for cell in pruned], _axes(value)[0])
+    if kind == "layers" and not any(_measures_layers(cell.options) for cell in pruned):
+        raise ValueError(f"show.kind is layers. {NO_SENSITIVITIES}")
+
+
+def _measures_layers(options: Options) -> bool:
+    return "sensitivities" in reads(options.get("allocation", MRPFConfig.allocation)) and (
+        options.get("combine") != "joint"
+    )
 
 
 def show_rows(config: SweepConfig, rows: Sequence[Row]) -> tuple[list[Path], str]:

@@ -37,8 +37,17 @@ class Spread:
 
 
 def rows_of(cells: Iterable[Cell], finished: Mapping[str, Row]) -> list[Row]:
-    """The finished rows of these cells, in their order."""
-    return [finished[cell.name] for cell in cells if cell.name in finished]
+    """
+    The finished rows of these cells, in their order, one for each place that a run has in the grid.
+
+    Axes and starts are those of the cells: another sweep may have written the row, under labels of its own.
+    """
+    rows = []
+    for cell in cells:
+        if cell.name in finished:
+            start = {"start": cell.start.name} if cell.start else {}
+            rows += [finished[cell.name] | {"axes": axes} | start for axes in (cell.axes, *cell.others)]
+    return rows
 
 
 def percent(row: Row, attack: str, model: str | None = None) -> float:
@@ -68,9 +77,14 @@ def agreeing(rows: Iterable[Row], axes: Sequence[str], values: tuple) -> list[Ro
 
 def varying(rows: Iterable[Row], *but: str) -> list[str]:
     """The axes in which rows differ, but for the seed and those named."""
+    return differing((row["axes"] for row in rows), *but)
+
+
+def differing(places: Iterable[Mapping[str, Any]], *but: str) -> list[str]:
+    """The axes in which places of a grid differ, but for the seed and those named."""
     values: dict[str, set] = {}
-    for row in rows:
-        for axis, label in row["axes"].items():
+    for place in places:
+        for axis, label in place.items():
             values.setdefault(axis, set()).add(label)
     return [axis for axis, found in values.items() if len(found) > 1 and axis not in ("seed", *but)]
 
@@ -134,15 +148,23 @@ def summary_table(rows: Sequence[Row], *, against: Mapping[str, Any] | None = No
 
 def how_measured(rows: Sequence[Row]) -> str:
     """On what, and under which attack, in one sentence."""
-    results = [row["results"] for row in rows]
-    counts, radii = ({result[name] for result in results} for name in ("num_samples", "eps"))
-    balls = ", ".join(f"{results[0]['norm']} eps {eps:.4g}" for eps in sorted(radii))
-    images = " or ".join(f"{count:,}" for count in sorted(counts))
     return (
-        f"Accuracies in percent on {images} images of the {results[0]['split']} split, {attack_title(ROBUST)} at "
-        f"{balls}; mean ± standard deviation over seeds; differences in points, seed by seed. `pruned only` is "
-        f"{attack_title(ROBUST)} before fine-tuning. MACs and parameters are measured, with their share of the dense."
+        f"Accuracies in percent on {images_of(rows)} images of the {rows[0]['results']['split']} split, "
+        f"{attack_title(ROBUST)} at {balls_of(rows)}; mean ± standard deviation over seeds; differences in points, "
+        f"seed by seed. `pruned only` is {attack_title(ROBUST)} before fine-tuning. MACs and parameters are measured, "
+        "with their share of the dense."
     )
+
+
+def balls_of(rows: Iterable[Row]) -> str:
+    """The balls of the attacks: `linf eps 0.0314, l2 eps 0.5`."""
+    found = sorted({(row["results"]["norm"], row["results"]["eps"]) for row in rows}, reverse=True)
+    return ", ".join(f"{norm} eps {eps:.3g}" for norm, eps in found)
+
+
+def images_of(rows: Iterable[Row]) -> str:
+    """How many images accuracies are of: `1,000 or 10,000`."""
+    return " or ".join(f"{count:,}" for count in sorted({row["results"]["num_samples"] for row in rows}))
 
 
 def _reference(group: list[Row], pruned: list[Row], longer: list[Row], against: Mapping[str, Any] | None) -> list[Row]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from .journal import Journal
+from .journal import Journal, parse_line, whole_lines
 from .run_folder import STATE_FILE, read_json
 from .sweep import Cell
 
@@ -24,12 +24,12 @@ def append_row(table: Path, row: Mapping[str, Any]) -> None:
     Puts a row on disk. A last line that was cut short is dropped first; several processes may do this at once.
 
     Raises:
-        ValueError: where the file is not the table of a sweep: it is left as it is.
+        ValueError: where the file is not the table of a sweep, or a line is damaged: it is left as it is.
     """
     table.parent.mkdir(parents=True, exist_ok=True)
     # Tasks of a Slurm array end when they like, and share the file.
     with FileLock(str(table.with_suffix(".lock"))):
-        _refuse_other(table)
+        read_rows(table)  # a journal would find again what follows a damaged line, which here took days
         with Journal(table, SUBJECT, keep=True) as journal:
             journal.add(row)
 
@@ -38,17 +38,23 @@ def read_rows(table: Path) -> list[Row]:
     """
     All whole rows of a table, in the order in which cells ended; none where there is no table yet.
 
+    A last row that was cut short is left out: its cell is done again.
+
     Raises:
-        ValueError: where the file is not the table of a sweep.
+        ValueError: where the file is not the table of a sweep, or a line of it is no row, with its number.
     """
     if not table.is_file():
         return []
     _refuse_other(table)
     rows = []
-    for line in table.read_bytes().splitlines(keepends=True)[1:]:
-        if not line.endswith(b"\n"):
-            break  # cut short: its cell is done again
-        rows.append(json.loads(line))
+    for number, line in enumerate(whole_lines(table.read_bytes())[1:], start=2):
+        if not line.strip():
+            continue
+        row = parse_line(line)
+        if row is None or not {"cell", "status"} <= row.keys():
+            start = line[:40].decode(errors="replace").strip()
+            raise ValueError(f"{table}, line {number} is not a row: {start!r}; remove it, and its cell is done again.")
+        rows.append(row)
     return rows
 
 
@@ -68,8 +74,8 @@ def latest(rows: Iterable[Row]) -> dict[str, Row]:
 
 
 def finished(rows: Iterable[Row]) -> dict[str, Row]:
-    """The rows of the cells that ended well, by the cell's name."""
-    return {name: row for name, row in latest(rows).items() if row["status"] == "finished"}
+    """The rows of the cells that ended well at any time, by the cell's name: a failure before or after counts less."""
+    return latest(row for row in rows if row["status"] == "finished")
 
 
 def row_of(cell: Cell, **outcome: Any) -> Row:

@@ -63,8 +63,8 @@ RECIPES = Path(sys.argv[0]).parent
 def main() -> None:
     arguments = ARGUMENTS or parse_arguments()
     config = read_config(arguments.config, small=arguments.small, overrides=arguments.set)
-    check_show(config)
     cells = sweep_cells(config)
+    check_show(config, cells)
     wanted = cells if arguments.cell is None else [cell_number(number, cells) for number in arguments.cell]
     check_cells(wanted)
     launcher = shlex.split(arguments.accelerate)
@@ -108,7 +108,7 @@ def show(config: SweepConfig, cells: list[Cell]) -> None:
     files, text = show_rows(config, rows)
     if text:
         print(text)
-    print(f"{len(rows)} of {len(cells)} cells in {', '.join(map(str, files))}", flush=True)
+    print(f"{len({row['cell'] for row in rows})} of {len(cells)} cells in {', '.join(map(str, files))}", flush=True)
 
 
 def write_script(file: Path, cells: list[Cell], arguments: argparse.Namespace) -> None:

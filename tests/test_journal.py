@@ -59,6 +59,25 @@ def test_a_journal_without_entries_is_begun_anew(tmp_path, caplog):
     assert [each.name for each in tmp_path.iterdir()] == ["verdicts.jsonl"] and not caplog.records
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_what_follows_a_damaged_line_is_found_again_and_kept_aside(tmp_path, caplog, keep):
+    path = tmp_path / "verdicts.jsonl"
+    entries(path, OURS, {"image": 0}, {"image": 1}, {"image": 2})
+    lines = path.read_bytes().splitlines(keepends=True)
+    damaged = b"".join([*lines[:2], b"\n", b"oops\r\n", *lines[2:]])
+    path.write_bytes(damaged)
+    with Journal(path, OURS, keep=keep) as journal:
+        assert journal.entries == [{"image": 0}]
+        journal.add({"image": 1})
+    assert (tmp_path / "verdicts.jsonl.1").read_bytes() == damaged
+    assert "line 4 is damaged" in caplog.text and "kept as verdicts.jsonl.1" in caplog.text
+    assert entries(path, OURS) == [{"image": 0}, {"image": 1}]
+    # One about something else is moved aside though none of its entries can be read.
+    path.write_bytes(b"".join([lines[0], b"oops\n"]))
+    assert entries(path, OTHER) == []
+    assert (tmp_path / "verdicts.jsonl.2").read_bytes() == b"".join([lines[0], b"oops\n"])
+
+
 @pytest.mark.parametrize(
     "held",
     [

@@ -81,6 +81,16 @@ def test_a_distilled_grid_has_a_dense_model_and_controls_by_trades(config):
     assert {cell.options["objective"] for cell in cells if cell.recipe == "train"} == {"trades", "pgd"}
 
 
+def test_a_run_at_several_places_of_the_grid_is_done_once(config):
+    cells = sweep_cells(config(GRID, "grid.objective=[trades, rslad, mart]", "grid.seed=[0]", "grid.target=[0.5]"))
+    assert len({cell.settings for cell in cells}) == len(cells)
+    for kind in ("dense", "dense-longer"):
+        assert [cell.axes["objective"] for cell in of(kind, cells)] == ["trades", "mart"]
+        assert [[axes["objective"] for axes in cell.others] for cell in of(kind, cells)] == [["rslad"], []]
+    names = {cell.name for cell in cells}
+    assert all(cell.start.name in names for cell in cells if cell.start)
+
+
 def test_a_name_is_that_of_the_settings_and_not_of_the_machine(config):
     def names(*overrides):
         return [cell.name for cell in sweep_cells(config(GRID, *overrides))]
@@ -97,6 +107,10 @@ def test_small_and_set_change_the_file(config):
     cells = sweep_cells(small)
     assert (small.name, len(cells)) == ("grid-small", 4)
     assert all(cell.options["max_train_samples"] == 10 and cell.options["eps"] == 0.1 for cell in cells)
+    mixed = config(GRID, "grid.importance=[lamp, magnitude]").grid["importance"]
+    assert mixed == {"lamp": {"importance": "lamp"}, "magnitude": {"importance": "magnitude"}}
+    added = config(GRID, "grid.architecture.mine={model_name_or_path: ./mine}").grid["architecture"]
+    assert list(added) == ["narrow", "mine"] and added["mine"] == {"model_name_or_path": "./mine"}
     picked = config(GRID, "grid.architecture=[narrow]").grid["architecture"]
     assert picked == {"narrow": config().grid["architecture"]["narrow"]}
 
@@ -108,7 +122,7 @@ def test_small_and_set_change_the_file(config):
         (["max_train_sample=1"], "known: .*max_train_samples"),
         (["eps"], "write KEY=VALUE"),
         (["grid.width=[1]"], "'width' is not known; known: architecture, data, .*seed"),
-        (["grid.architecture=[narrow, wide]", "grid.seed=7"], "must be a list of values"),
+        (["grid.seed=7"], "must be a list of values"),
         (["grid.seed=[]"], "has no value"),
         (["grid.method=[lamp]"], "needs options"),
         (["dense.target=0.5"], "dense: 'target' is not known"),
@@ -118,6 +132,15 @@ def test_small_and_set_change_the_file(config):
         (["controls.longer=true"], "known: dense_longer, from_scratch"),
         (["common=[1]"], "common: .* must be a mapping"),
         (["eps=[1"], "not valid YAML"),
+        (["importance=lamp"], r'--set importance: \'magnitude\' of the axis.*"grid.importance=\[\.\.\.\]"'),
+        (["grid.target=[0.5]", "target=0.4"], "--set target: 0.5 of the axis target sets it"),
+        (["backbone_kwargs={}"], "--set .* 'narrow' of the axis .*\"grid.architecture.narrow.backbone_kwargs="),
+        (
+            ["grid.architecture=[narrow, ./mine]"],
+            "'narrow' stands for options .* './mine' is none of .*narrow\\. Pick names alone",
+        ),
+        (["grid.method={a: {eps: 1}}", "grid.method=[a, b]"], "'a' stands for options of the file, and 'b' is none"),
+        (["grid.architecture=[narrow, [1]]"], r"'narrow' stands for options of the file, and \[1\] is none"),
     ],
 )
 def test_what_is_not_known_is_refused_with_what_is(config, overrides, message):
@@ -142,9 +165,13 @@ def test_what_a_recipe_refuses_is_refused_before_any_cell(config, override, mess
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["importance=lamp"], "same run.*--set grid.AXIS"),
+        (["grid.method={a: {beta: 6}, b: {beta: 6}}"], "same run.*leave one of them out"),
         (["prune.pruning_rounds=2"], "leave out the controls, or pruning_rounds"),
         (["max_steps=5"], "give num_train_epochs instead of max_steps"),
+        (["dense.num_steps=10", "prune.num_steps=1"], r"equal compute only .* differ in num_steps \(10 and 1\)"),
+        (["prune.objective=pgd"], r"differ in objective \(trades and pgd\)\. Set these in common"),
+        (["grid.method={awp: {awp_gamma: 0.01}, not: {}}"], r"differ in awp_gamma \(None and 0\.01\)"),
+        (["prune.max_train_samples=50", "dense.eps=0.1"], r"differ in max_train_samples \(100 and 50\), eps"),
         (["grid.method={long: {num_train_epochs: 9}, short: {}}"], "has a length of its own: set num_train_epochs"),
     ],
 )
@@ -153,30 +180,37 @@ def test_a_grid_that_cannot_be_is_refused(config, overrides, message):
         sweep_cells(config(GRID, *overrides))
 
 
+TWO = ["grid.allocation=[mrs, uniform]"]
+
+
 @pytest.mark.parametrize(
-    ("show", "message"),
+    ("show", "overrides", "message"),
     [
-        ("{}", "show.kind is None; known: lines, dots, layers, table"),
-        ("{kind: lines, line: importance}", "line is not known for a lines; known: kind, lines"),
-        ("{kind: lines}", "an axis, or a list of axes"),
-        ("{kind: dots, dots: data}", "'data' is no axis of the grid"),
-        ("{kind: table, against: {importance: lamp}}", "'lamp' is not in the grid"),
-        ("{kind: table, against: {data: digits}}", "accuracies on other data cannot be subtracted"),
-        ("{kind: table, against: importance}", "a mapping from axes to one value"),
+        ("{}", [], "show.kind is None; known: lines, dots, layers, table"),
+        ("{kind: lines, line: importance}", [], "line is not known for a lines; known: kind, lines"),
+        ("{kind: lines}", [], "an axis, or a list of axes"),
+        ("{kind: dots, dots: data}", [], "'data' is no axis of the grid"),
+        ("{kind: table, against: {importance: lamp}}", [], "'lamp' is not in the grid"),
+        ("{kind: table, against: {data: digits}}", [], "accuracies on other data cannot be subtracted"),
+        ("{kind: table, against: importance}", [], "a mapping from axes to one value"),
+        ("{kind: dots, dots: importance}", ["grid.data={a: , b: {eps: 0.2}}", *TWO], "two axes, and data, .* differ"),
+        ("{kind: layers, lines: target}", ["prune.allocation=uniform"], "No cell holds sensitivities of layers"),
+        ("{kind: layers, lines: target}", ["prune.combine=joint"], "No cell holds sensitivities of layers"),
     ],
 )
-def test_what_could_not_be_drawn_is_refused_before_any_cell(config, show, message):
-    check_show(config())
+def test_what_could_not_be_drawn_is_refused_before_any_cell(config, show, overrides, message):
+    check_show(config(), sweep_cells(config()))
+    changed = config(GRID, f"show={show}", *overrides)
     with pytest.raises(ValueError, match=message):
-        check_show(config(GRID, f"show={show}"))
+        check_show(changed, sweep_cells(changed))
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 @pytest.mark.parametrize("small", [True, False], ids=["small", "whole"])
 def test_the_sweeps_of_the_paper_are_what_the_recipes_take(file, small):
     config = read_config(file, small=small)
-    check_show(config)
     cells = sweep_cells(config)
+    check_show(config, cells)
     # Another seed is refused for the same reasons.
     check_cells([cell for cell in cells if cell.axes.get("seed") == 0])
 
@@ -186,8 +220,18 @@ def test_the_longer_dense_model_is_one_whatever_pruned_ones_are_trained_by(confi
     longer = [cell for cell in cells if cell.kind == "dense-longer"]
     assert len(longer) == len([cell for cell in cells if cell.kind == "dense"]) == 2
     assert all("learning_rate" not in cell.options for cell in longer)
-    rates = {cell.options["learning_rate"] for cell in cells if cell.kind == "from-scratch"}
-    assert rates == {0.1, 0.05}
+
+
+def test_a_shape_from_scratch_learns_by_what_dense_models_do_for_the_length_of_both(config):
+    changes = ("dense.learning_rate=0.3", "dense.optim_args=momentum=0.8", "prune.learning_rate=0.01")
+    for cell in of("from-scratch", sweep_cells(config(GRID, *changes, "prune.ema_decay=0.9"))):
+        assert (cell.options["learning_rate"], cell.options["optim_args"]) == (0.3, "momentum=0.8")
+        assert "ema_decay" not in cell.options and cell.options["max_train_samples"] == 100
+        assert (cell.options["dense_epochs"], cell.options["num_train_epochs"]) == (4.0, 2)
+    cells = sweep_cells(config(GRID.replace("prune: {num_train_epochs: 2, ", "prune: {")))
+    assert not any("num_train_epochs" in cell.options for cell in of("from-scratch", cells))
+    # What both have by default, and what only the teacher of a distillation sees, is no difference.
+    sweep_cells(config(GRID, "dense.num_steps=5", "prune.objective=rslad", "dense.objective=trades"))
 
 
 def test_the_script_for_slurm_submits_every_cell_once_after_what_it_starts_from(config, tmp_path):

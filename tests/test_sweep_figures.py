@@ -34,7 +34,9 @@ def containers(axes):
         line, _, bars = series
         places, means = list(line.get_xdata()), list(line.get_ydata())
         direction = 0 if series.has_xerr else 1
-        lengths = [abs(b[1][direction] - b[0][direction]) / 2 for bar in bars for b in bar.get_segments()]
+        # A bar that is not drawn has no ends.
+        segments = [b for bar in bars for b in bar.get_segments()]
+        lengths = [abs(b[1][direction] - b[0][direction]) / 2 if len(b) else None for b in segments]
         found.setdefault(series.get_label(), []).append((places, means, lengths, line))
     return found
 
@@ -60,9 +62,18 @@ def test_lines_go_from_the_dense_model_to_the_sparsest_with_the_spread_over_seed
 
 def test_controls_stand_beside_the_lines(made):
     _, rows = made()
-    robust = containers(sparsity_figure(rows, ["importance"]).axes[1])
+    for row in rows:  # a bar that is longer than any other
+        if row["kind"] == "dense-longer" and row["axes"]["seed"]:
+            row["results"]["models"]["dense"]["clean"] += 0.2
+    figure = sparsity_figure(rows, ["importance"])
+    figure.canvas.draw()
+    robust = containers(figure.axes[1])
     ((places, means, _, star),) = robust["dense, same extra epochs"]
     assert (places, means) == ([0], [pytest.approx(43)]) and star.get_marker() == "*"
+    at, own = (line.get_transform().transform((0, 43)) for line in (star, robust["magnitude"][0][3]))
+    assert own[0] - at[0] > 5 and own[1] == at[1], "set aside from the dense model, at its height"
+    ((_, (mean,), (length,), _),) = containers(figure.axes[0])["dense, same extra epochs"]
+    assert figure.axes[0].get_ylim()[0] < mean - length and mean + length < figure.axes[0].get_ylim()[1]
     ((places, means, _, hollow),) = robust["magnitude: shape from scratch, equal compute"]
     assert places == pytest.approx([50, 75]) and means == pytest.approx([36, 36])
     assert hollow.get_markerfacecolor() == "white" and hollow.get_linestyle() == "None"
@@ -75,7 +86,31 @@ def test_what_else_differs_makes_panels_and_one_seed_has_no_spread(made):
     assert figure.get_supxlabel().endswith("one seed")
     assert "n = 100 test images, PGD-20 in linf eps 0.1" in figure.get_supxlabel()
     ((_, _, lengths, _),) = containers(figure.axes[2])["magnitude"]
-    assert lengths == [0, 0, 0]
+    assert lengths == [None] * 3
+
+
+def test_a_point_of_one_seed_among_points_of_several_has_no_bar_and_the_caption_says_so(made):
+    _, rows = made("grid.seed=[0, 1, 2]")
+    lone = [row for row in rows if row["axes"]["seed"] == 0 or row["axes"].get("target") != 0.25]
+    figure = sparsity_figure(lone, ["importance"])
+    ((_, _, lengths, _),) = containers(figure.axes[1])["magnitude"]
+    assert lengths[0] == lengths[1] == pytest.approx(2) and lengths[2] is None
+    told = "mean ± standard deviation over 1 to 3 seeds, no bar where there is one"
+    assert told in " ".join(figure.get_supxlabel().split())
+    figure = dots_figure([row for row in lone if row["axes"].get("target") != 0.25], "importance")
+    assert "over 3 seeds" in figure.get_supxlabel() and "no bar" not in figure.get_supxlabel()
+    # A control that lacks a seed is a point as well.
+    some = [row for row in rows if row["kind"] != "dense-longer" or row["axes"]["seed"] > 0]
+    assert "over 2 to 3 seeds" in sparsity_figure(some, ["importance"]).get_supxlabel()
+
+
+def test_every_norm_stands_with_its_own_radius(made):
+    _, rows = made("grid.data={a: , b: {norm: l2, eps: 0.5}}", "controls={}")
+    for row in rows:
+        if row["axes"]["data"] == "b":
+            row["results"].update(norm="l2", eps=0.5)
+    assert "PGD-20 at linf eps 0.1, l2 eps 0.5; " in summary_table(rows)
+    assert "in linf eps 0.1, l2 eps 0.5; " in " ".join(sparsity_figure(rows, ["importance"]).get_supxlabel().split())
 
 
 def test_lines_of_two_axes_begin_at_dense_models_of_their_own(made):
@@ -87,6 +122,8 @@ def test_lines_of_two_axes_begin_at_dense_models_of_their_own(made):
     assert [robust[f"{optim}, random"][0][1][0] for optim in ("sgd", "adam")] == pytest.approx([40, 10])
     stars = [robust[f"{optim}: dense, same extra epochs"][0][3] for optim in ("sgd", "adam")]
     assert [star.get_markerfacecolor() for star in stars] == ["black", "white"]
+    first, second = (star.get_transform().transform((0, 40))[0] for star in stars)
+    assert first - second > 5, "both can be seen"
 
 
 def test_dots_stand_in_a_grid_over_two_axes(made):
@@ -120,7 +157,21 @@ def test_layers_stand_on_a_log_axis_from_input_to_output(made):
     ((places, means, lengths, _),) = found["digits"]
     assert places == [0, 1, 2] and means == pytest.approx([0.2, 0.02, 0.002]), "geometric mean of 1 and 4"
     assert lengths[0] == pytest.approx(0.15), "from the least, 0.1, to the greatest, 0.4"
-    assert found["letters"][0][0] == [0, 2], "a score of zero or less has no place on a log axis"
+    ((places, means, _, _),) = found["letters"]
+    assert places == [0, 1, 2] and means == pytest.approx([0.2, math.nan, 0.002], nan_ok=True), "the line is broken"
+    (hollow,) = [line for line in panel.lines if line.get_label() == "zero or less for some seed"]
+    assert list(hollow.get_xdata()) == [1] and hollow.get_markerfacecolor() == "white"
+    floor = hollow.get_ydata()[0]
+    assert panel.get_ylim()[0] < floor < 0.001, "below all scores"
+    told = panel.yaxis.get_major_formatter()
+    assert told(floor, None) == "" and "10^{-2}" in told(0.01, None)
+    # A layer that one network lacks is a break without a mark.
+    for row in rows:
+        if row["kind"] == "pruned" and row["axes"]["data"] == "letters":
+            del row["results"]["module_scores"]["layer1.conv"]
+    (panel,) = layers_figure(rows, ["data"]).axes
+    assert containers(panel)["letters"][0][1] == pytest.approx([0.2, math.nan, 0.002], nan_ok=True)
+    assert "zero or less for some seed" not in panel.get_legend_handles_labels()[1]
     for row in rows:
         row["results"].pop("module_scores", None)
     with pytest.raises(ValueError, match="allocation mrs"):
@@ -151,6 +202,7 @@ def test_nothing_is_cut_off_or_covers_another(made, tmp_path):
 def test_the_first_seven_series_differ_in_colour_marker_and_stroke():
     for choices in (COLOURS, MARKERS, STROKES):
         assert len(set(map(str, choices))) == 7
+    assert "#000000" not in COLOURS[:6], "the dense controls are black"
     # Of Okabe and Ito's palette, without its yellow.
     assert set(COLOURS) <= {"#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"}
 
@@ -203,6 +255,33 @@ def test_a_table_compares_objectives_which_have_dense_models_of_their_own(made):
     assert heading[-2] == "PGD-20 minus trades"
     changes = {tuple(line[:2]): line[-2] for line in lines}
     assert changes[("pgd", "magnitude")] == "+1.5 ± 0.7" and changes[("trades", "magnitude")] == ""
+
+
+def test_a_dense_model_of_two_objectives_stands_beside_both(made):
+    config, rows = made("grid.objective=[trades, rslad]", "grid.target=[0.5]")
+    found = rows_of(sweep_cells(config), {row["cell"]: row for row in rows})
+    assert len(rows) == 4 + 8 + 4 and len(found) == len(rows) + 4
+    _, lines = table_of(summary_table(found))
+    dense = [line[0] for line in lines if line[1].startswith("dense")]
+    assert dense == ["trades", "trades", "rslad", "rslad"]
+    assert {line[-2] for line in lines if line[:2] == ["rslad", "random"]} == {"-12.0 ± 0.0"}
+    stars = containers(sparsity_figure(found, ["objective", "importance"]).axes[1])
+    assert {"trades: dense, same extra epochs", "rslad: dense, same extra epochs"} <= stars.keys()
+
+
+def test_rows_of_another_sweep_have_the_labels_of_this_one(made, tmp_path):
+    _, rows = made()
+    text = GRID.replace("[magnitude, random]", "{magnitude: {importance: magnitude}, random: {importance: random}}")
+    (tmp_path / "grid.yaml").write_text(
+        text.replace("importance: {", "method: {", 1).replace("{importance: [", "{method: [")
+    )
+    cells = sweep_cells(read_config(tmp_path / "grid.yaml"))
+    found = rows_of(cells, {row["cell"]: row for row in rows})
+    assert len(found) == len(cells) == len(rows) and not any("importance" in row["axes"] for row in found)
+    series = containers(sparsity_figure(found, ["method"]).axes[1])
+    assert {"magnitude", "random"} <= series.keys() and "None" not in str(series.keys())
+    heading, lines = table_of(summary_table(found, against={"method": "magnitude"}))
+    assert {line[-2] for line in lines if line[0] == "random"} == {"-5.0 ± 0.0"} and heading[0] == "method"
 
 
 def test_every_series_of_any_panel_is_in_the_legend(made):

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from sweep_runs_made import GRID, write_run
 
 from hf_mrpf.sweep import sweep_cells
@@ -113,6 +114,42 @@ def test_a_failed_cell_says_why_does_not_stop_the_rest_and_is_tried_again(cells,
     assert set(finished(read_rows(tmp_path / "table.jsonl"))) == {cell.name for cell in cells}
 
 
+def test_a_cell_that_another_call_is_doing_is_not_begun_and_its_log_left_alone(cells, launcher, tmp_path):
+    sweep(cells[:1], launcher)
+    logs, run = tmp_path / "logs", tmp_path / "runs" / cells[2].name
+    run.mkdir(parents=True)
+    (logs / f"{cells[1].name}.err").write_text("of the other call\n")
+    # Of a cell that a call is doing, and of a run whose call was killed.
+    locks = [FileLock(logs / f"{cells[1].name}.lock"), FileLock(run / "run.lock")]
+    for lock in locks:
+        lock.acquire()
+        Path(lock.lock_file).write_text(f"{os.getppid()}\n")
+    left, said = sweep(cells[:4], launcher)
+    assert launcher.begun == [cells[0].name, cells[3].name] and left == cells[1:3]
+    assert f"not begun here: it is being done by pid {os.getppid()}" in said
+    assert f"is being written by another run (pid {os.getppid()}" in said
+    assert (logs / f"{cells[1].name}.err").read_text() == "of the other call\n"
+    assert [row["cell"] for row in read_rows(tmp_path / "table.jsonl")] == launcher.begun
+
+
+def test_a_cell_that_another_call_finishes_in_the_meantime_is_not_done_again(cells, launcher, tmp_path):
+    def both(words, out, err):
+        """As the first cell is done here, another call ends the second one, and one that was failing here."""
+        if not launcher.begun:
+            append_row(tmp_path / "table.jsonl", row(cells[2].name, "failed"))
+            for cell in cells[1:3]:
+                write_run(cell, tmp_path)
+                append_row(tmp_path / "table.jsonl", row(cell.name))
+        return launcher(words, out, err)
+
+    locked = FileLock(tmp_path / f"logs/{cells[2].name}.lock")
+    said = []
+    with locked:  # and it still holds the other
+        left = run_cells(cells[:4], tmp_path, lambda cell: cell.arguments(tmp_path), launch=both, say=said.append)
+    assert launcher.begun == [cells[0].name, cells[3].name] and left == []
+    assert "  finished by another call in the meantime" in said and any("being done by" in line for line in said)
+
+
 def test_a_run_that_ends_well_without_a_result_has_failed(cells, tmp_path):
     def launch(words, out, err):
         err.write_text("")
@@ -144,11 +181,37 @@ def test_another_file_under_the_name_of_the_table_is_left_alone(tmp_path):
     assert "days" in table.read_text()
 
 
+def row(cell, status="finished"):
+    return {"cell": cell, "status": status}
+
+
+@pytest.mark.parametrize("damaged", [b"{oops\n", b"\xff\xfe\n", b"5\n", b'{"cell": "b"}\n', b"a\rb\n"])
+def test_a_damaged_row_is_named_and_costs_no_other(tmp_path, damaged):
+    table = tmp_path / "table.jsonl"
+    for name in "abc":
+        append_row(table, row(name))
+    head, *lines = table.read_bytes().splitlines(keepends=True)
+    for held in ([head, lines[0], damaged, *lines[1:]], [head, *lines, damaged]):
+        table.write_bytes(b"".join(held))
+        number = held.index(damaged) + 1
+        for act in (lambda: append_row(table, row("d")), lambda: read_rows(table)):
+            with pytest.raises(ValueError, match=rf"table\.jsonl, line {number} is not a row: .*; remove it"):
+                act()
+        assert table.read_bytes() == b"".join(held)
+    table.write_bytes(b"".join([head, lines[0], b"\n", *lines[1:], b"\n", lines[0][:9]]))
+    append_row(table, row("d"))
+    assert [each["cell"] for each in read_rows(table)] == ["a", "b", "c", "d"], "a blank line is passed over"
+
+
+def test_a_cell_that_ended_well_is_finished_whatever_another_call_says_of_it():
+    rows = [row("a"), row("a", "failed"), row("b", "failed"), row("b") | {"seconds": 1}, row("c", "failed")]
+    assert finished(rows) == {"a": rows[0], "b": rows[3]}
+
+
 def test_many_writers_lose_no_line(tmp_path):
     table = tmp_path / "table.jsonl"
     writers = [
-        threading.Thread(target=lambda n=n: [append_row(table, {"cell": f"{n}-{i}"}) for i in range(10)])
-        for n in range(4)
+        threading.Thread(target=lambda n=n: [append_row(table, row(f"{n}-{i}")) for i in range(10)]) for n in range(4)
     ]
     for writer in writers:
         writer.start()
@@ -177,7 +240,7 @@ def test_a_process_gives_its_status_and_its_output_in_files(tmp_path):
     assert (status, out.read_text(), err.read_text()) == (3, "yes\n", "no\n")
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_reaches_the_run_and_is_waited_for(tmp_path, signum):
     script = "import signal, time, sys\n"
     script += "def stop(n, f): time.sleep(0.3); print('saved', n, flush=True); sys.exit(128 + n)\n"
@@ -201,7 +264,8 @@ def test_a_signal_reaches_the_run_and_is_waited_for(tmp_path, signum):
         assert stop.value.signum == signum and signal.getsignal(signum) is signal.SIG_DFL
     finally:
         signal.signal(signum, outside)
-    assert out.read_text() == ("up\nsaved 15\n" if signum == signal.SIGTERM else "up\nsaved 2\n")
+    # A closed terminal is told as SIGTERM, at which a run saves its checkpoint.
+    assert out.read_text() == ("up\nsaved 2\n" if signum == signal.SIGINT else "up\nsaved 15\n")
 
 
 def recipe(monkeypatch, capsys, *options):
@@ -247,7 +311,7 @@ def test_the_recipe_lists_writes_for_slurm_and_draws_what_is_there(cells, launch
 
     for options, message in (
         (("--cell", "99"), f"the sweep has cells 0 to {len(cells) - 1}"),
-        (("--set", "importance=lamp"), "same run"),
+        (("--set", "importance=lamp"), "of the axis importance sets it"),
     ):
         status, shown = recipe(monkeypatch, capsys, *common, *options)
         assert status == 2 and shown.err.startswith("error: ") and message in shown.err
