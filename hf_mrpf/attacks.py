@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .folding import fast_layout, folded_batchnorm
-from .modes import eval_mode, frozen
+from .modes import eval_mode, frozen, telling_dtypes
 
 # A pixel moves by at most 1; published l2 threat models use 0.5 (at 32x32) to 3 (at 224x224).
 MAX_EPS = {"linf": 1.0, "l2": 16.0}
@@ -97,7 +97,17 @@ def logits_of(output: Any) -> Tensor:
         raise ValueError(
             f"the model returned {type(output).__name__}; it must return a tensor of logits or an output with .logits."
         )
+    if logits.ndim != 2:
+        raise ValueError(f"the model's logits have shape {list(logits.shape)}; [N, classes] is needed.")
     return logits
+
+
+def check_attack(attack: AttackConfig) -> None:
+    """Refuse, by a ValueError, what is no [`AttackConfig`], such as a bare eps, and a place where no gradient is."""
+    if not isinstance(attack, AttackConfig):
+        raise ValueError(f"attack is {attack!r}; give an AttackConfig, such as AttackConfig(eps=8 / 255).")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("an attack needs gradients: leave torch.inference_mode(), or use torch.no_grad().")
 
 
 def check_pixels(images: Tensor) -> None:
@@ -219,6 +229,7 @@ def pgd_attack(
         ValueError: If the images are no pixels in [0, 1], labels or start do not fit them, the loss is unknown, or is
             `"kl"` with `until_fooled`.
     """
+    check_attack(attack)
     if loss not in LOSSES:
         raise ValueError(f"loss is {loss!r}; known losses: {', '.join(LOSSES)}.")
     if until_fooled and loss == "kl":
@@ -232,7 +243,7 @@ def pgd_attack(
     if start is None:
         start = _random_start(images, attack, None) if attack.random_start else images
 
-    with computing_in(attack, images), under_attack(model, images):
+    with telling_dtypes(model, images), computing_in(attack, images), under_attack(model, images):
         layout = fast_layout(model, images)
         images = images.contiguous(memory_format=layout)
         adversarial = start.detach().clone(memory_format=layout)
@@ -334,10 +345,12 @@ def check_start(start: Tensor | None, images: Tensor) -> None:
 
 def _random_start(images: Tensor, attack: AttackConfig, generator: torch.Generator | None) -> Tensor:
     """Uniform in the cube for linf; for l2 a uniform direction at a uniform distance. Clamped to [0, 1]."""
+    # Numbers are drawn in the order of memory: that of the images must not matter.
+    noise = torch.empty_like(images, memory_format=torch.contiguous_format)
     if attack.norm == "linf":
-        noise = torch.empty_like(images).uniform_(-attack.eps, attack.eps, generator=generator)
+        noise.uniform_(-attack.eps, attack.eps, generator=generator)
     else:
-        noise = torch.empty_like(images).normal_(generator=generator)
+        noise.normal_(generator=generator)
         length = lengths(noise)
         noise *= attack.eps * torch.empty_like(length).uniform_(0, 1, generator=generator) / length
     return noise.add_(images).clamp_(0, 1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .modes import eval_mode
+from .modes import eval_mode, placed
 from .processes import Processes
 
 
@@ -33,7 +33,6 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor | tuple[Ten
     norms = _with_statistics(model)
     if not norms:
         return model
-    device = next(model.parameters()).device
     momenta = [norm.momentum for norm in norms]
     before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     count = 0
@@ -46,7 +45,7 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor | tuple[Ten
                         norm.momentum = None  # the running statistics become a cumulative mean
                         norm.train()
                 images = batch if isinstance(batch, Tensor) else batch[0]
-                model(images.to(device))
+                model(placed(images, model))
                 count += 1
         except BaseException as error:
             for buffer, value in before:

@@ -3,9 +3,11 @@
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from .attacks import AttackConfig, keyed_start, pgd_attack
+from .attacks import AttackConfig, check_attack, check_pixels, computing_in, keyed_start, logits_of, pgd_attack
+from .modes import eval_mode, placed, telling_dtypes
 from .processes import Processes
 
 
@@ -45,17 +47,33 @@ def attacked_batches(
 
     Yields:
         [`AttackedBatch`]; none for a set that is too small to give this process an image.
+
+    Raises:
+        ValueError: If images are no pixels in [0, 1], or labels lie outside the model's classes.
     """
-    processes = processes or Processes()
-    device = next(model.parameters()).device
+    check_attack(attack)
+    processes, classes = processes or Processes(), None
     for images, labels in sets:
+        if classes is None and len(images):
+            classes = _number_of_classes(model, images, attack)
+        if classes is not None and int(labels.max()) >= classes:
+            raise ValueError(f"a label is {int(labels.max())}; the model knows the classes 0 to {classes - 1}.")
         mine = processes.share(len(images))
         position = first + mine.start
         for x, y in zip(images[mine].split(batch_size), labels[mine].split(batch_size), strict=True):
             if not len(x):  # an empty share is split into one empty part
                 continue
-            x, y = x.to(device), y.to(device)
+            x = placed(x, model)
+            y = y.to(x.device)
             start = keyed_start(x, range(position, position + len(x)), attack, seed)
             yield AttackedBatch(x, pgd_attack(model, x, y, attack, start=start), y)
             position += len(x)
         first += len(images)
+
+
+def _number_of_classes(model: nn.Module, images: Tensor, attack: AttackConfig) -> int:
+    """Seen in a pass of one image; a label without a place among the logits would stop a GPU for good."""
+    check_pixels(images)
+    image = placed(images[:1], model)
+    with telling_dtypes(model, image), computing_in(attack, image), eval_mode(model), torch.no_grad():
+        return logits_of(model(image)).shape[1]

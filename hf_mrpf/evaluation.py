@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attacks import AttackConfig, logits_of
+from .attacks import AttackConfig, check_attack, logits_of
 from .fingerprint import weights_sha256
 from .folding import fast_layout
 from .indexed_images import count_images, indexed_batches, pools
@@ -109,6 +109,8 @@ def evaluate_robustness(
     """
     attack = attack or AttackConfig()
     names = _known_attacks([attacks] if isinstance(attacks, str) else attacks)
+    if names:
+        check_attack(attack)
     if num_samples is not None and (
         isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1
     ):

@@ -106,8 +106,8 @@ def _known(model: nn.Module, images: Tensor) -> _Known:
 
 
 def _flags(modules: Iterable[nn.Module]) -> list[Any]:
-    """Plain values that may decide what a forward does, of all modules; not their mode."""
-    plain = (bool, int, float, str)
+    """Switches that may decide what a forward does, of all modules; not their mode."""
+    plain = (bool, str)  # numbers may be counts of passes
     values = (item for module in modules for item in vars(module).items())
     return [value for name, value in values if type(value) in plain and name != "training"]
 

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -44,6 +44,28 @@ def in_own_dtype(model: nn.Module) -> Iterator[None]:
             vars(module)["forward"] = forward
         for backend, precision in coarse.items():
             backend.fp32_precision = precision
+
+
+@contextmanager
+def telling_dtypes(model: nn.Module, images: Tensor) -> Iterator[None]:
+    """Tell, by a ValueError, where a pass fails because images and weights are of different dtypes."""
+    try:
+        yield
+    except RuntimeError as error:
+        others = {parameter.dtype for parameter in model.parameters()} - {images.dtype}
+        if not others or "type" not in str(error):
+            raise
+        raise ValueError(
+            f"the images are {images.dtype} and weights of the model {' and '.join(map(str, others))}, which it does "
+            f"not bring together ({error}): give both in the same dtype, such as model.float() and images.float(). An "
+            "AttackConfig(dtype='bfloat16') computes faster."
+        ) from error
+
+
+def placed(images: Tensor, model: nn.Module) -> Tensor:
+    """Images on the model's device, and in the precision of its weights where that is single or double."""
+    weight = next(model.parameters())
+    return images.to(weight.device, weight.dtype if weight.dtype in (torch.float32, torch.float64) else images.dtype)
 
 
 def frozen(model: nn.Module) -> AbstractContextManager[None]:

@@ -1,5 +1,6 @@
 """Module robustness sensitivity (MRS): how much a small change of one module's weights costs in robust loss."""
 
+import copy
 import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attacks import AttackConfig, check_pixels
+from .attacks import AttackConfig, check_attack, check_pixels
 from .attention import attention_slices
 from .calibration import attacked_batches
 from .fingerprint import images_sha256, weights_sha256
@@ -23,7 +24,10 @@ from .processes import Processes
 from .progress import progress_bar
 from .weight_ascent import Piece, RobustLoss, ascend, norm
 
-SCORED_MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+SCORED_MODULES = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +91,8 @@ def module_robustness_sensitivity(
     Args:
         model (`nn.Module`):
             Takes pixels in [0, 1] and returns logits, or an output with `.logits`. The weights of its convolutions and
-            `Linear` modules are scored, by `named_modules` name; a weight that two modules share is scored once.
+            `Linear` modules are scored, by `named_modules` name; a weight that two modules share is scored once. One
+            with weights of half precision is scored as a float32 copy.
         batches (`Iterable[tuple[Tensor, Tensor]]`):
             Calibration sets, each `(images [N, 3, H, W] in [0, 1], labels [N])`; scores are means over the sets.
         attack ([`AttackConfig`]):
@@ -128,7 +133,10 @@ def module_robustness_sensitivity(
             weight is not finite, there is nothing to score, or the loss stops being finite.
     """
     steps = _check_options(method, gamma, num_steps, batch_size)
+    check_attack(attack)
     check_finite_weights(model)
+    if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters()):
+        model = copy.deepcopy(model).float()  # a score is a small difference of losses, and a step one of weights
     slices = attention_slices(model) if slices is None else slices
     targets = _targets(model, groups, slices)
     every_piece = [piece for pieces in targets.values() for piece in pieces]
@@ -289,7 +297,7 @@ def _targets(
 
 
 def _calibration_sets(batches: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    sets = list(batches)
+    sets = [] if batches is None else list(batches)
     if not sets:
         raise ValueError("batches is empty; at least one calibration set (images, labels) is needed.")
     for entry in sets:

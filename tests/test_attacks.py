@@ -387,3 +387,31 @@ def test_keyed_start_without_random_start_and_bad_keys():
         keyed_start(images, [0, -1], AttackConfig(), 0)
     with pytest.raises(ValueError, match="the seed is -2"):
         keyed_start(images, [0, 1], AttackConfig(), -2)
+
+
+def test_a_random_start_does_not_depend_on_the_layout_of_the_images():
+    images, attack = torch.rand(4, 3, 8, 8), AttackConfig()
+    other = images.to(memory_format=torch.channels_last)
+    assert torch.equal(keyed_start(images, range(4), attack, 0), keyed_start(other, range(4), attack, 0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attack": 8 / 255}, "attack is 0.03.*AttackConfig"),
+        ({"model": nn.Sequential(nn.Flatten(), nn.Linear(192, 5)).bfloat16()}, "bfloat16.*model.float"),
+        ({"images": torch.rand(2, 3, 8, 8).double()}, "float64.*float32.*same dtype"),
+        ({"model": nn.Conv2d(3, 5, 1)}, r"shape \[2, 5, 8, 8\]; \[N, classes\]"),
+    ],
+)
+def test_what_does_not_fit_an_attack_is_named(change, message):
+    given = {"model": nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), "images": torch.rand(2, 3, 8, 8)}
+    given |= {"labels": torch.zeros(2, dtype=torch.int64), "attack": AttackConfig(num_steps=1)} | change
+    with pytest.raises(ValueError, match=message):
+        pgd_attack(**given)
+
+
+def test_inference_mode_is_refused():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+    with torch.inference_mode(), pytest.raises(ValueError, match="leave torch.inference_mode"):
+        pgd_attack(net, torch.rand(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64), AttackConfig())

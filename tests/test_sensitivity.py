@@ -567,7 +567,7 @@ def test_a_loss_that_is_not_finite_is_refused(net):
 def test_models_that_cannot_be_scored():
     bare = nn.Sequential(nn.Flatten(), nn.LayerNorm(192))
     with pytest.raises(
-        ValueError, match="Sequential has no module to score; a Conv1d, Conv2d, Conv3d, Linear is needed"
+        ValueError, match="Sequential has no module to score; a Conv1d, Conv2d, Conv3d, Linear, ConvTranspose1d,"
     ):
         module_robustness_sensitivity(bare, calibration(), ATTACK)
     computed = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
@@ -602,3 +602,35 @@ def test_unit_scores_pass_through_and_refusals():
         unit_sensitivity(SCORES, UNITS, "median")
     with pytest.raises(ValueError, match=r"member 'b' of unit 'stream' has no score \(1 such"):
         unit_sensitivity({"a": 1.0, "c": 2.0}, UNITS)
+
+
+def test_images_come_in_the_precision_of_the_weights_and_half_precision_is_measured_in_single(net):
+    batches = calibration()
+    found = module_robustness_sensitivity(net, batches, ATTACK)
+    doubles = [(images.double(), labels) for images, labels in batches]
+    assert dict(module_robustness_sensitivity(net, doubles, ATTACK)) == dict(found)
+    half = net.bfloat16()
+    scores = module_robustness_sensitivity(half, batches, ATTACK)
+    assert next(half.parameters()).dtype == torch.bfloat16
+    assert dict(scores) == dict(module_robustness_sensitivity(net.float(), batches, ATTACK))
+
+
+def test_transposed_convolutions_are_scored():
+    net = nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    assert module_robustness_sensitivity(net, calibration(), ATTACK)["0"] > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batches": None}, "batches is empty"),
+        ({"attack": 0.1}, "attack is 0.1"),
+        (
+            {"batches": [(torch.rand(2, 3, 8, 8), torch.tensor([0, 6]))]},
+            "a label is 6; the model knows the classes 0 to 4",
+        ),
+    ],
+)
+def test_what_cannot_be_scored_is_named(net, change, message):
+    with pytest.raises(ValueError, match=message):
+        module_robustness_sensitivity(net, **({"batches": calibration(), "attack": ATTACK} | change))
