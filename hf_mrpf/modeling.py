@@ -36,6 +36,10 @@ SIZE_ATTRIBUTES = frozenset({
     "attention_head_size", "all_head_size", "attn_dim", "embed_dim", "dim", "out_dim", "hidden_size", "scale",
     "scaling"
 })
+# Settings that change nothing of what a trained network computes; nor do rates of dropout and of stochastic depth.
+_WITHOUT_EFFECT = frozenset(
+    {"training", "inplace", "momentum", "fused_attn", "gradient_checkpointing", "grad_checkpointing"}
+)
 # Arguments that would reach files, the network or another device, or that this class sets itself.
 _REFUSED_TIMM_KWARGS = frozenset({
     "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_filter_fn",
@@ -53,6 +57,7 @@ _MOST_MODULES, _LARGEST_INTEGER, _LARGEST_IMAGE, _MOST_LABELS = 10_000, 2**18, 8
 _RECIPE_FIELDS: dict[str, dict[str, type]] = {"timm": {"name": str, "kwargs": dict}, "transformers": {"config": dict}}
 # Wrappers of other libraries' checkpoints: their configs name files and repositories.
 _REFUSED_MODEL_TYPES = ("mrpf", "timm_wrapper")
+_ABSENT = object()
 # Of what config.json holds; higher ones are not read.
 FORMAT = 1
 # What constructors of networks and configs raise for arguments that do not fit.
@@ -375,8 +380,14 @@ class PrunedForImageClassification(PreTrainedModel):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Write weights (safetensors), `config.json` with the pruning record of the model as it now is,
-        `preprocessor_config.json` and this file; arguments as in transformers."""
-        self.config.pruning = describe_pruning(self)
+        `preprocessor_config.json` and this file; arguments as in transformers.
+
+        Raises:
+            ValueError: for a model that could not be loaded again as it is, see [`describe_pruning`], or whose config
+                does not go with it.
+        """
+        self.update_pruning_record()
+        _check_can_load(self)
         # The record speaks of the model's own tensor names.
         kwargs.setdefault("save_original_format", False)
         push = kwargs.pop("push_to_hub", False)
@@ -385,6 +396,14 @@ class PrunedForImageClassification(PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
         if push:  # in its own way: transformers would send another card
             self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), **hub)
+
+    def update_pruning_record(self) -> None:
+        """Have `config.pruning` say how the model is pruned now; [`prune`] and saving do so.
+
+        Raises:
+            ValueError: as [`describe_pruning`].
+        """
+        self.config.pruning = describe_pruning(self)
 
     def initialize_weights(self) -> None:
         """Do nothing: the backbone's constructor initialises it, and trained weights must stay."""
@@ -415,7 +434,9 @@ class PrunedForImageClassification(PreTrainedModel):
 
 def describe_pruning(model: PrunedForImageClassification) -> dict[str, Any] | None:
     r"""
-    Say how a model differs in size from the dense backbone of its recipe.
+    Say how a model differs in size from the dense backbone of its recipe. In nothing else may it differ, but in what
+    matters to training alone: modes, gradient checkpointing, momentum, rates of dropout and stochastic depth. Those
+    are not kept.
 
     Args:
         model ([`PrunedForImageClassification`]):
@@ -426,7 +447,8 @@ def describe_pruning(model: PrunedForImageClassification) -> dict[str, Any] | No
         names of `model.state_dict()` and `model.named_modules()`; `None` for a dense model.
 
     Raises:
-        ValueError: if the backbone has other tensors than its recipe, or larger ones: it could not be loaded again.
+        ValueError: if the backbone has other tensors than its recipe, or larger ones, or a module of another class or
+            with another setting (such as a stride): another network would be loaded. The module is named.
     """
     with torch.device("meta"):
         dense = _build_backbone(model.config)
@@ -435,6 +457,7 @@ def describe_pruning(model: PrunedForImageClassification) -> dict[str, Any] | No
     if before.keys() != after.keys():
         names = ", ".join(sorted(before.keys() ^ after.keys())[:5])
         raise ValueError(f"the backbone and its recipe {_recipe_name(model.config)} differ in tensors: {names}")
+    _check_same_network(dense, model)
     shapes = {name: shape for name, shape in after.items() if shape != before[name]}
     for name, shape in shapes.items():
         if len(shape) != len(before[name]) or any(new > old for new, old in zip(shape, before[name], strict=True)):
@@ -446,6 +469,75 @@ def describe_pruning(model: PrunedForImageClassification) -> dict[str, Any] | No
         if (changed := {key: now[key] for key in sorted(now) if now[key] != sizes.get(module, now).get(key, now[key])})
     }
     return {"shapes": shapes, "attrs": attrs} if shapes or attrs else None
+
+
+def _check_same_network(dense: nn.Module, model: PrunedForImageClassification) -> None:
+    """Refuse a backbone that differs from what its recipe builds in more than sizes."""
+    if _difference(dense, model.backbone) is None:
+        return
+    # Some networks adapt a setting of theirs to the image: Swin of transformers its windows.
+    _check_forward(dense, model.config)
+    if difference := _difference(dense, model.backbone):
+        raise ValueError(
+            f"{difference}: loading would build another network than this one. Say it in the recipe instead, by "
+            "from_backbone with small_images=True or arguments of the backbone, and make other classes by "
+            "hf_mrpf.with_new_head; a network that was changed by hand can be pruned and trained as a plain nn.Module"
+        )
+
+
+def _difference(dense: nn.Module, network: nn.Module) -> str | None:
+    """The first module that is not as the recipe builds it, and how."""
+    wanted, found = dict(dense.named_modules()), dict(network.named_modules())
+    if list(wanted) != list(found):
+        for name in (*found, *wanted):
+            if (name in found) != (name in wanted):
+                place, other = ("backbone", "recipe") if name in found else ("recipe", "backbone")
+                return f"{_full_name(name)} is in the {place} and not in the {other}"
+        return "the modules of the backbone have another order than those of the recipe"
+    for name, module in found.items():
+        other = wanted[name]
+        if _kind(module) is not _kind(other) and not _is_synchronised(module, other):
+            return f"{_full_name(name)} is a {type(module).__name__}, and the recipe builds a {type(other).__name__}"
+        for key in sorted(_settings(module) | _settings(other)):
+            value, built = (getattr(each, key, _ABSENT) for each in (module, other))
+            # What the recipe's module has not got at all was hung there by a library, and is not read by its forward.
+            if built is not _ABSENT and _is_plain(built) and not (_is_plain(value) and _same(value, built)):
+                return f"{_full_name(name)}.{key} is {reprlib.repr(value)}, and the recipe builds {built!r}"
+        if isinstance(module, nn.Conv2d) and module.weight.shape[2:] != other.weight.shape[2:]:
+            return (
+                f"{_full_name(name)} has kernels of {tuple(module.weight.shape[2:])}, and the recipe builds "
+                f"{tuple(other.weight.shape[2:])}"
+            )
+    return None
+
+
+def _kind(module: nn.Module) -> type:
+    """The class of a module; FSDP puts one of its own before it."""
+    return next(kind for kind in type(module).__mro__ if not kind.__module__.startswith("torch.distributed"))
+
+
+def _is_synchronised(module: nn.Module, other: nn.Module) -> bool:
+    plain = type(other) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    return plain and type(module) is nn.SyncBatchNorm
+
+
+def _settings(module: nn.Module) -> set[str]:
+    """Names of the plain values that say what a module computes, other than sizes."""
+    rate = {"p"} if isinstance(module, nn.modules.dropout._DropoutNd) else set()
+    names = vars(module).keys() - SIZE_ATTRIBUTES - _WITHOUT_EFFECT - rate
+    return {name for name in names if not name.startswith("_") and "drop" not in name and _is_plain(vars(module)[name])}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def _same(value: Any, other: Any) -> bool:
+    if isinstance(value, tuple | list) and isinstance(other, tuple | list):
+        return len(value) == len(other) and all(map(_same, value, other))
+    return value == other
 
 
 def apply_pruning(model: PrunedForImageClassification, record: dict[str, Any]) -> None:
@@ -839,16 +931,28 @@ def _check_keys(info: dict[str, Any], source: Any) -> None:
 
 def _check_loaded(model: PrunedForImageClassification, info: dict[str, Any], source: Any) -> None:
     _check_keys(info, source)
+    _check_values(model, lambda key: f"{source}: {_weights_file(source, key)} holds")
+
+
+def _check_values(model: PrunedForImageClassification, holds: Callable[[str], str]) -> None:
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.is_meta and tensor.isnan().any():
-            raise ValueError(f"{source}: {_weights_file(source, key)} holds NaN in {key!r}")
+            raise ValueError(f"{holds(key)} NaN in {key!r}")
     for name in ("image_mean", "image_std"):
         buffer = getattr(model, name)
         if not buffer.is_meta and not torch.equal(buffer.cpu(), torch.tensor(getattr(model.config, name))):
-            raise ValueError(
-                f"{source}: {_weights_file(source, name)} holds {name} {buffer.tolist()}, config.json "
-                f"{getattr(model.config, name)}"
-            )
+            raise ValueError(f"{holds(name)} {name} {buffer.tolist()}, config.json {getattr(model.config, name)}")
+
+
+def _check_can_load(model: PrunedForImageClassification) -> None:
+    """Refuse to save what loading would refuse."""
+    config = type(model.config).from_dict(model.config.to_dict())
+    with torch.device("meta"):
+        network = _build_backbone(config)
+    if config.pruning is not None:
+        _apply_record(network, config.pruning)
+    _check_forward(network, config)
+    _check_values(model, lambda key: "the model holds")
 
 
 def _align(model: nn.Module) -> None:
