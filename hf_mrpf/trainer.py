@@ -5,7 +5,7 @@ import copy
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import torch
 from accelerate.utils import broadcast, broadcast_object_list
@@ -294,8 +294,29 @@ class MRPFTrainer(ResumableTrainer):
 
     def _prepare_for_training(self, *args, **kwargs):
         # An evaluation before training marks the bare model as prepared, and DDP would then silently be left out.
-        self._without_autocast().__dict__.pop("_is_accelerate_prepared", None)
+        model = self._without_autocast()
+        model.__dict__.pop("_is_accelerate_prepared", None)
+        if self.optimizer is not None and self._optimises_others():
+            if not self._made_own_optimizer:
+                self._refuse_optimizer()
+            self._start_afresh(model)
         return super()._prepare_for_training(*args, **kwargs)
+
+    def _optimises_others(self) -> bool:
+        """Whether the model was pruned, say by `compress`, since the optimizer was made: neither has the other's."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # they give it parameters of their own
+            return False
+        own, optimizer = list(self.accelerator.unwrap_model(self.model).parameters()), cast(Any, self.optimizer)
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        missing = any(parameter.requires_grad and id(parameter) not in held for parameter in own)
+        # One that was given may hold less than the model, or more.
+        return missing and not held <= {id(parameter) for parameter in own}
+
+    def _refuse_optimizer(self) -> NoReturn:
+        raise ValueError(
+            "The model was pruned after the optimizer was made, which would go on with the weights of before. Use "
+            "trainer.prune(plan) before a training or between two, with a trainer that was given no optimizer."
+        )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective on one batch: images augmented as a tensor, attack on the unwrapped model."""
@@ -340,6 +361,8 @@ class MRPFTrainer(ResumableTrainer):
 
     def training_step(self, *args, **kwargs):
         """As in `Trainer`; weights that were perturbed for it are back before the optimizer moves them."""
+        if self.optimizer is None or self._optimises_others():
+            self._refuse_optimizer()
         if self.args.awp_gamma is None:
             return super().training_step(*args, **kwargs)
         try:
