@@ -62,7 +62,8 @@ class MRPFTrainer(ResumableTrainer):
         args ([`MRPFConfig`]):
             All settings.
         train_dataset (`datasets.Dataset`):
-            One Image (or `pixel_values`) column and one ClassLabel column. Calibration images are drawn from it.
+            One Image (or `pixel_values`) column and one ClassLabel column. Calibration images are drawn from it, and
+            a config that calls the classes `LABEL_0` and so on gets its names.
         eval_dataset (`datasets.Dataset`, *optional*):
             The validation split, in the same schema; never the test split.
         compute_metrics (`Callable`, *optional*):
@@ -76,7 +77,8 @@ class MRPFTrainer(ResumableTrainer):
             Whether training mirrors images: what `args` say, or else what the class names say (digits are not).
 
     Raises:
-        ValueError: where weights are not finite, a label lies outside the model's classes, or `teacher` is `model`.
+        ValueError: where weights are not finite, a label lies outside the model's classes, the data set numbers the
+            classes otherwise than the model, or `teacher` is `model`.
     """
 
     args: MRPFConfig

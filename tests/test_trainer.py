@@ -373,6 +373,47 @@ def test_numbered_labels_may_leave_the_highest_classes_out_but_not_go_beyond(tmp
         MRPFTrainer(model, quick(tmp_path), numbered(9), numbered(8, num_classes=9))
 
 
+def named(*names: str) -> Dataset:
+    values = np.zeros((20, 3, 16, 16), np.uint8)
+    features = Features(pixel_values=Array3D((3, 16, 16), "uint8"), labels=ClassLabel(names=list(names)))
+    return Dataset.from_dict({"pixel_values": values, "labels": [0, 1] * 10}, features=features)
+
+
+def test_the_data_set_and_the_model_name_the_classes_alike(tmp_path):
+    def build(**labels):
+        return PrunedForImageClassification.from_backbone(
+            "timm/resnet18", image_size=16, small_images=True, **NARROW, **labels
+        )
+
+    dog_first = build(id2label={0: "dog", 1: "cat"})
+    message = r"Class 0 is 'dog' for the model and 'cat' in the data set.*align_labels_with_mapping"
+    for splits in (
+        (named("cat", "dog"),),
+        (named("dog", "cat"), named("cat", "dog")),
+        (named("dog", "cat"), {"a": named("cat", "dog")}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            MRPFTrainer(dog_first, quick(tmp_path), *splits)
+    with pytest.raises(ValueError, match=message):
+        MRPFTrainer(dog_first, quick(tmp_path)).evaluate(named("cat", "dog"))
+    for model, data in (
+        (dog_first, named("dog", "cat")),
+        (dog_first, named("cat", "dog").align_labels_with_mapping(dog_first.config.label2id, "labels")),
+        (dog_first, named("0", "1")),
+        (build(id2label={0: "0", 1: "1"}), named("cat", "dog")),
+    ):
+        names = dict(model.config.id2label)
+        MRPFTrainer(model, quick(tmp_path), data, data)
+        assert model.config.id2label == names
+    unnamed = build(num_labels=2)
+    MRPFTrainer(unnamed, quick(tmp_path), None, named("cat", "dog"))
+    assert unnamed.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
+    MRPFTrainer(unnamed, quick(tmp_path), named("cat", "dog"))
+    assert (unnamed.config.id2label, unnamed.config.label2id) == ({0: "cat", 1: "dog"}, {"cat": 0, "dog": 1})
+    with pytest.raises(ValueError, match="Class 0 is 'cat' for the model and 'dog'"):
+        MRPFTrainer(build(num_labels=2), quick(tmp_path), named("cat", "dog"), named("dog", "cat"))
+
+
 @pytest.mark.parametrize(("normalised", "steps"), [(True, 2), (False, 4)], ids=["BatchNorm", "none"])
 def test_a_last_batch_of_one_image_is_left_out_where_batchnorm_cannot_train_on_it(
     tmp_path, data, caplog, normalised, steps
