@@ -12,6 +12,7 @@ import reprlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from numbers import Real
 from pathlib import Path
 from typing import Any, Self
 
@@ -58,6 +59,7 @@ _RECIPE_FIELDS: dict[str, dict[str, type]] = {"timm": {"name": str, "kwargs": di
 # Wrappers of other libraries' checkpoints: their configs name files and repositories.
 _REFUSED_MODEL_TYPES = ("mrpf", "timm_wrapper")
 _ABSENT = object()
+_NEW_HEAD = "load it as it is and give it a new head by hf_mrpf.with_new_head(model, id2label)"
 # Of what config.json holds; higher ones are not read.
 FORMAT = 1
 # What constructors of networks and configs raise for arguments that do not fit.
@@ -131,6 +133,7 @@ class PrunedConfig(PreTrainedConfig):
         super().__init__(**kwargs)
         if not self.num_labels:
             raise ValueError("id2label must name at least one class")
+        _check_numbered(self.id2label)
 
     @classmethod
     def get_config_dict(
@@ -150,6 +153,7 @@ class PrunedConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in transformers; every refusal of the values is a `ValueError` that names the file and the key."""
         try:
+            _check_number_kept(super().from_dict, config_dict, kwargs)
             return super().from_dict(config_dict, **kwargs)
         except _BUILD_ERRORS as error:
             raise ValueError(f"config.json: {error}") from error
@@ -229,7 +233,7 @@ class PrunedForImageClassification(PreTrainedModel):
         backbone: str | PreTrainedConfig | PreTrainedModel,
         *,
         num_labels: int | None = None,
-        id2label: dict[int, str] | None = None,
+        id2label: dict[int, str] | list[str] | None = None,
         image_size: int | None = None,
         small_images: bool = False,
         pretrained: bool = False,
@@ -250,8 +254,8 @@ class PrunedForImageClassification(PreTrainedModel):
             num_labels (`int`, *optional*):
                 Number of classes. Defaults to `id2label`'s, then to the backbone's own; a different number means a
                 new, random head.
-            id2label (`dict[int, str]`, *optional*):
-                Name of each class.
+            id2label (`dict[int, str]` or `list[str]`, *optional*):
+                Name of each class, all of them different; classes are numbered from 0.
             image_size (`int`, *optional*):
                 Height and width in pixels. Defaults to the backbone's own, 224 where it has none.
             small_images (`bool`, *optional*, defaults to `False`):
@@ -274,7 +278,9 @@ class PrunedForImageClassification(PreTrainedModel):
                 or an argument the backbone cannot work with, or weights that are not all the backbone's.
             OSError: for weights that cannot be fetched, or are there as a pickle only.
         """
-        if isinstance(id2label, dict) and num_labels not in (None, len(id2label)):
+        if id2label is not None:
+            id2label = _checked_names(id2label)
+        if id2label is not None and num_labels not in (None, len(id2label)):
             raise ValueError(f"num_labels is {num_labels}, but id2label names {len(id2label)} classes")
         labels = len(id2label) if id2label is not None else num_labels
         if labels is not None and not _is_size(labels):
@@ -324,8 +330,14 @@ class PrunedForImageClassification(PreTrainedModel):
             [`~transformers.modeling_outputs.ImageClassifierOutput`] with `logits` of shape `(N, num_labels)`.
 
         Raises:
-            ValueError: for integer pixels or another shape. The range is not checked: that would wait for the device.
+            ValueError: for integer pixels, another shape, or no tensor. The range is not checked: that would wait for
+                the device.
         """
+        if not isinstance(pixel_values, Tensor):
+            raise ValueError(
+                "pixel_values must be a tensor of shape (N, 3, H, W), floating point in [0, 1], got "
+                f"{type(pixel_values).__name__}: an image file is read by pipeline or AutoImageProcessor"
+            )
         if not pixel_values.is_floating_point():
             raise ValueError(
                 f"pixel_values must be floating point in [0, 1], got {pixel_values.dtype}: divide 8-bit pixels by 255"
@@ -356,7 +368,7 @@ class PrunedForImageClassification(PreTrainedModel):
             OSError: for a missing file.
         """
         if kwargs.pop("ignore_mismatched_sizes", False):
-            raise ValueError("ignore_mismatched_sizes: these models load strictly; use from_backbone for a new head")
+            raise ValueError(f"ignore_mismatched_sizes: these models load strictly; {_NEW_HEAD}")
         source = pretrained_model_name_or_path
         kwargs |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
@@ -557,7 +569,9 @@ def apply_pruning(model: PrunedForImageClassification, record: dict[str, Any]) -
     _apply_record(model.backbone, record)
 
 
-def with_new_head(model: PrunedForImageClassification, id2label: dict[int, str]) -> PrunedForImageClassification:
+def with_new_head(
+    model: PrunedForImageClassification, id2label: dict[int, str] | list[str]
+) -> PrunedForImageClassification:
     r"""
     Give a trained model, dense or pruned, other classes: everything is copied but the layers whose size follows their
     number, which are random.
@@ -565,19 +579,23 @@ def with_new_head(model: PrunedForImageClassification, id2label: dict[int, str])
     Args:
         model ([`PrunedForImageClassification`]):
             The trained model; it is left as it is.
-        id2label (`dict[int, str]`):
-            Name of each class.
+        id2label (`dict[int, str]` or `list[str]`):
+            Name of each class, all of them different; classes are numbered from 0.
 
     Returns:
-        [`PrunedForImageClassification`] on the same device, pruned as `model` is.
+        [`PrunedForImageClassification`] on the same device and in the same mode, pruned as `model` is.
 
     Raises:
-        ValueError: if the number of classes is that of `model`: then it is not known whether the head fits.
+        ValueError: if the number of classes is that of `model`: then it is not known whether the head fits. Also for
+            names that are not of classes from 0 on or not different, and as [`describe_pruning`].
     """
+    if not isinstance(model, PrunedForImageClassification):
+        raise ValueError(f"model is a {type(model).__name__}; a PrunedForImageClassification is needed")
+    id2label = _checked_names(id2label)
     if len(id2label) == model.config.num_labels:
         raise ValueError(f"the model has {len(id2label)} classes already: give id2label another number of them")
     config, record = copy.deepcopy(model.config), describe_pruning(model)
-    config.id2label = {int(index): str(label) for index, label in id2label.items()}
+    config.id2label = id2label
     config.label2id = {label: index for index, label in config.id2label.items()}
     config.pruning = None
     with torch.device("meta"):
@@ -701,12 +719,50 @@ def _sizes(network: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def _checked_channels(name: str, values: Any, positive: bool = False) -> list[float]:
-    values = list(values) if isinstance(values, Iterable) and not isinstance(values, str) else [values]
-    if len(values) != 3 or not all(type(value) in (int, float) and math.isfinite(value) for value in values):
+    # One number alone, perhaps as a tensor or array, is refused below with the same message.
+    several = isinstance(values, Iterable) and not isinstance(values, str) and getattr(values, "ndim", None) != 0
+    values = [_number(value) for value in values] if several else [values]
+    if len(values) != 3 or not all(type(value) is float and math.isfinite(value) for value in values):
         raise ValueError(f"{name} must be 3 finite numbers, one for each channel, got {reprlib.repr(values)}")
     if positive and min(values) <= 0:
         raise ValueError(f"{name} must be above 0, got {values}")
-    return [float(value) for value in values]
+    return values
+
+
+def _number(value: Any) -> Any:
+    """The float of any real number, also of numpy's or in a tensor without dimensions; anything else as it is."""
+    value = value.item() if getattr(value, "ndim", None) == 0 else value
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else value
+
+
+def _checked_names(id2label: Any) -> dict[int, str]:
+    """The name of each class by its number, from a list or a dict; keys of JSON are strings."""
+    try:
+        names = dict(id2label) if isinstance(id2label, dict) else dict(enumerate(id2label))
+        names = {int(index): str(name) for index, name in names.items()}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"id2label must be a list or a dict of names, got {reprlib.repr(id2label)}") from error
+    if isinstance(id2label, str):
+        raise ValueError(f"id2label must be a list or a dict of names, got {id2label!r}")
+    _check_numbered(names)
+    if twice := [name for index, name in names.items() if name in list(names.values())[:index]]:
+        raise ValueError(f"id2label has the name {twice[0]!r} twice: give each class a name of its own")
+    return dict(sorted(names.items()))
+
+
+def _check_numbered(names: Any) -> None:
+    if sorted(names) != list(range(len(names))):
+        numbers = f"{len(names)} classes from 0 to {len(names) - 1}"
+        raise ValueError(f"id2label must number its {numbers}, got {reprlib.repr(sorted(names))}")
+
+
+def _check_number_kept(load: Callable[..., Any], saved: dict[str, Any], options: dict[str, Any]) -> None:
+    """Refuse to load a model with another number of classes than it was saved with: its head would not fit."""
+    for key in ("num_labels", "id2label"):
+        value = options.get(key)
+        wanted = len(value) if isinstance(value, dict | list) else value
+        if wanted is not None and wanted != (number := load(dict(saved)).num_labels):
+            raise ValueError(f"{key} says {wanted} classes, and the saved model has {number}: {_NEW_HEAD}")
 
 
 def _check_common(values: dict[str, Any]) -> None:
@@ -1146,8 +1202,8 @@ def _from_transformers_config(
 ) -> dict[str, Any]:
     if config.model_type in _REFUSED_MODEL_TYPES:
         raise ValueError(
-            f"backbone is of type {config.model_type!r}: load a saved model of this class with from_pretrained, and a "
-            "timm model by its name, 'timm/<architecture>.<tag>'"
+            f"backbone is of type {config.model_type!r}: load a saved model of this class with from_pretrained (for "
+            f"other classes than its own, {_NEW_HEAD}), and a timm model by its name, 'timm/<architecture>.<tag>'"
         )
     values = {key: value for key, value in config.to_diff_dict().items() if key not in _DROPPED_CONFIG_KEYS}
     if unknown := [key for key in kwargs if not hasattr(config, key)]:
