@@ -77,16 +77,16 @@ class MRPFTrainer(ResumableTrainer):
             Whether training mirrors images: what `args` say, or else what the class names say (digits are not).
 
     Raises:
-        ValueError: where weights are not finite, a label lies outside the model's classes, the data set numbers the
-            classes otherwise than the model, or `teacher` is `model`.
+        ValueError: where there is no model, weights are not finite, a label lies outside the model's classes, the data
+            set numbers the classes otherwise than the model, or `teacher` is `model`.
     """
 
     args: MRPFConfig
 
     def __init__(
         self,
-        model: PreTrainedModel | nn.Module,
-        args: MRPFConfig,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: MRPFConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         compute_metrics=None,
@@ -95,6 +95,11 @@ class MRPFTrainer(ResumableTrainer):
     ):
         if not isinstance(args, MRPFConfig):
             raise ValueError(f"args is a {type(args).__name__}; MRPFTrainer needs an MRPFConfig.")
+        if model is None or kwargs.get("model_init") is not None:
+            raise ValueError(
+                "MRPFTrainer needs a model, and takes no model_init: that would build the dense model anew at each "
+                "train(), and what prune() did would be lost. Give model=model_init()."
+            )
         check_finite_weights(model)
         if teacher is not None and teacher is model:
             raise ValueError("teacher is the model that is trained; give another one, or copy.deepcopy(model).")
@@ -141,9 +146,15 @@ class MRPFTrainer(ResumableTrainer):
             [`PruningPlan`]: the plan that was applied, the same on every rank.
 
         Raises:
-            ValueError: where there is no training data to calibrate on, the target cannot be met, the plan belongs to
-                another model, or an optimizer was handed to the trainer (it would go on training the old weights).
+            ValueError: where there is no training data to calibrate on, the target cannot be met, the plan is none or
+                belongs to another model, or an optimizer was handed to the trainer (it would go on training the old
+                weights).
         """
+        if not isinstance(plan, PruningPlan | None):
+            raise ValueError(
+                f"plan is {plan!r}; give a PruningPlan (PruningPlan.load reads a file), or none to make one from args: "
+                "the fraction to keep is MRPFConfig(target=...)."
+            )
         if self.optimizer is not None and not self._made_own_optimizer:
             raise ValueError(
                 "This trainer was given an optimizer, which points at the weights before pruning. "

@@ -836,8 +836,10 @@ def test_missing_files_are_os_errors_and_pickles_are_not_read(broken):
 def test_loading_is_strict_even_on_request(saved):
     with pytest.raises(ValueError, match="load strictly; load it .* by hf_mrpf.with_new_head"):
         from_pretrained(saved[1], num_labels=3, ignore_mismatched_sizes=True)
+    config = PrunedConfig.from_pretrained(saved[1])
+    config.num_labels = 3
     with pytest.raises(ValueError, match=r"config\.json says \(3,\)"):
-        from_pretrained(saved[1], num_labels=3)
+        from_pretrained(saved[1], config=config)
 
 
 @pytest.mark.parametrize("number", [2, 0, True, "1"])

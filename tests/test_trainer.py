@@ -252,6 +252,12 @@ def test_prune_refuses_what_it_would_break(tmp_path, data, model):
         MRPFTrainer(model, quick(tmp_path), data.train, optimizers=(optimizer, None)).prune()
     with pytest.raises(ValueError, match="a datasets.Dataset; here it is NoneType"):
         MRPFTrainer(model, quick(tmp_path)).prune()
+    for wrong in (0.5, "plan.json"):
+        with pytest.raises(ValueError, match=rf"plan is {wrong!r}; give a PruningPlan .*MRPFConfig\(target=...\)"):
+            MRPFTrainer(model, quick(tmp_path), data.train).prune(wrong)
+    for models in ({"model_init": lambda: model}, {"model": model, "model_init": lambda: model}, {}):
+        with pytest.raises(ValueError, match="takes no model_init: that would build the dense model anew"):
+            MRPFTrainer(args=quick(tmp_path), train_dataset=data.train, **models)
     with pytest.raises(ValueError, match="needs an MRPFConfig"):
         MRPFTrainer(model, {"output_dir": str(tmp_path)}, data.train)
 
@@ -475,6 +481,7 @@ def test_an_evaluation_before_training_does_not_mark_the_model_as_prepared(tmp_p
         ({"sensitivity_steps": 3, "sensitivity_method": "first_order"}, r"goes with ascent or exact only"),
         ({"seed": -1}, r"seed=-1 must be at least 0"),
         ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor=0.1 would change nothing: each objective"),
+        ({"remove_unused_columns": True}, r"remove_unused_columns=True would take away columns"),
         ({"bf16_full_eval": True}, r"bf16_full_eval would .*evaluation and pruning are in float32 here"),
         ({"fp16_full_eval": True}, r"fp16_full_eval would .*evaluation and pruning are in float32 here"),
         ({"optim": "adam", "optim_args": "momentum=0.9"}, r"optim_args='momentum=0.9' do not fit optim 'adam'"),
