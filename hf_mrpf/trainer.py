@@ -5,30 +5,30 @@ import copy
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast, broadcast_object_list
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
+from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 
 from .allocation import reads
 from .augmentation import augment, mirror_keeps_class
 from .batchnorm import average_statistics, recalibrate_batchnorm
 from .callbacks import SeedEachRank
-from .config import MRPFConfig, adam_arguments
+from .config import MRPFConfig
 from .data import calibration_batches, stratified_subset
 from .efficiency import count_macs, count_parameters
 from .loader import batches
 from .objectives import Objective, ObjectiveOutput, get_objective
+from .optimizing import OptimizingTrainer
 from .pixels import own_class_names
 from .plan import PruningPlan, removed_fraction
 from .processes import Processes
 from .progress import shows_progress
 from .pruning import plan_pruning, prune
 from .repair import RepairReport, repair
-from .resumable import ResumableTrainer
 from .sensitivity import check_finite_weights, module_robustness_sensitivity
 from .units import pruning_units
 from .weight_perturbation import adversarial_weights
@@ -47,7 +47,7 @@ class AverageBatchNorm(TrainerCallback):
         average_statistics(kwargs["model"], Processes.of(args.world_size > 1))
 
 
-class MRPFTrainer(ResumableTrainer):
+class MRPFTrainer(OptimizingTrainer):
     r"""
     `Trainer` with `prune()`: Module Robustness Sensitivity, structured removal, repair; then adversarial fine-tuning.
 
@@ -278,58 +278,7 @@ class MRPFTrainer(ResumableTrainer):
             name: metrics[f"{step}_{name}"] for name in MEASURED if f"{step}_{name}" in metrics
         } | {"num_samples": output.num_samples}
 
-    def _start_afresh(self, model: nn.Module) -> None:
-        """Forgets everything that points at the parameters before pruning: they are no longer the model's."""
-        self.model = self.model_wrapped = model
-        self.optimizer = self.lr_scheduler = None
-        self._created_lr_scheduler = False
-        for name in ("model", "optimizer", "lr_scheduler"):
-            setattr(self.callback_handler, name, getattr(self, name))
-        self.accelerator.free_memory()
-
     # ---- Training ---------------------------------------------------------------------------------------------------
-
-    @property
-    def _made_own_optimizer(self) -> bool:
-        return self.__dict__.get("_own_optimizer", False)
-
-    def create_optimizer(self, *args, **kwargs):
-        """As in `Trainer`."""
-        self._own_optimizer = self.optimizer is None or self._made_own_optimizer
-        return super().create_optimizer(*args, **kwargs)
-
-    @staticmethod
-    def get_optimizer_cls_and_kwargs(args, model=None):
-        """As in `Trainer`; `"adam"` is `torch.optim.Adam`."""
-        if args.optim == "adam":
-            return torch.optim.Adam, adam_arguments(args)
-        return Trainer.get_optimizer_cls_and_kwargs(args, model)
-
-    def _prepare_for_training(self, *args, **kwargs):
-        # An evaluation before training marks the bare model as prepared, and DDP would then silently be left out.
-        model = self._without_autocast()
-        model.__dict__.pop("_is_accelerate_prepared", None)
-        if self.optimizer is not None and self._optimises_others():
-            if not self._made_own_optimizer:
-                self._refuse_optimizer()
-            self._start_afresh(model)
-        return super()._prepare_for_training(*args, **kwargs)
-
-    def _optimises_others(self) -> bool:
-        """Whether the model was pruned, say by `compress`, since the optimizer was made: neither has the other's."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # they give it parameters of their own
-            return False
-        own, optimizer = list(self.accelerator.unwrap_model(self.model).parameters()), cast(Any, self.optimizer)
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        missing = any(parameter.requires_grad and id(parameter) not in held for parameter in own)
-        # One that was given may hold less than the model, or more.
-        return missing and not held <= {id(parameter) for parameter in own}
-
-    def _refuse_optimizer(self) -> NoReturn:
-        raise ValueError(
-            "The model was pruned after the optimizer was made, which would go on with the weights of before. Use "
-            "trainer.prune(plan) before a training or between two, with a trainer that was given no optimizer."
-        )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective on one batch: images augmented as a tensor, attack on the unwrapped model."""
@@ -374,8 +323,6 @@ class MRPFTrainer(ResumableTrainer):
 
     def training_step(self, *args, **kwargs):
         """As in `Trainer`; weights that were perturbed for it are back before the optimizer moves them."""
-        if self.optimizer is None or self._optimises_others():
-            self._refuse_optimizer()
         if self.args.awp_gamma is None:
             return super().training_step(*args, **kwargs)
         try:
