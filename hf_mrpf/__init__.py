@@ -33,7 +33,7 @@ _LAZY = {
     "allocation": ("ALLOCATIONS",),
     "importance": ("IMPORTANCES",),
     "measured_allocation": ("MEASURED",),
-    "modeling": ("PrunedConfig", "PrunedForImageClassification"),
+    "modeling": ("PrunedConfig", "PrunedForImageClassification", "with_new_head"),
     "objectives": ("OBJECTIVES", "ObjectiveOutput"),
     "plan": ("PruningPlan",),
     "pruning": ("plan_pruning", "prune"),

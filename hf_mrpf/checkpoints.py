@@ -7,9 +7,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import safe_open
+from torch import nn
+
 from .run_folder import read_json, write_json
 
 MARKER = "complete.json"
+WEIGHTS = "model.safetensors"
 _NAME = re.compile(r"checkpoint-(\d+)")
 logger = logging.getLogger(__name__)
 
@@ -60,22 +64,47 @@ def fault(checkpoint: Path) -> str | None:
     return None
 
 
-def newest_complete(folder: Path | str, *, say: Callable[[str], object] = logger.warning) -> Path | None:
+def misfit(checkpoint: Path, model: nn.Module) -> str | None:
+    """
+    What keeps the weights of a complete checkpoint from being those of `model`, in a few words; None where they fit.
+
+    Names and shapes are compared, as of a model before and after pruning. Weights that are not in one file of
+    safetensors, such as those of FSDP, are taken to fit.
+    """
+    if not (checkpoint / WEIGHTS).is_file():
+        return None
+    own = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    with safe_open(checkpoint / WEIGHTS, framework="pt") as opened:
+        for name in opened.keys():  # noqa: SIM118
+            shape = opened.get_slice(name).get_shape()
+            if name not in own:
+                return f"it has {name}, which the model has not"
+            if shape != own[name]:
+                return f"its {name} has the shape {shape}, that of the model {own[name]}"
+    return None
+
+
+def newest_complete(
+    folder: Path | str, *, model: nn.Module | None = None, say: Callable[[str], object] = logger.warning
+) -> Path | None:
     """
     The complete checkpoint of the highest step in `folder`.
 
     Args:
         folder (`Path` or `str`): where `checkpoint-<step>` folders lie; it need not exist.
-        say (`Callable`, *optional*): gets one line for each newer checkpoint that is skipped because it is torn.
+        model (`nn.Module`, *optional*): whose weights it must hold; one of before its pruning has other shapes.
+        say (`Callable`, *optional*): gets one line for each newer checkpoint that is skipped.
 
     Returns:
-        `Path`, or None where no checkpoint is complete.
+        `Path`, or None where there is no such checkpoint.
     """
     for checkpoint in reversed(checkpoints(folder)):
-        wrong = fault(checkpoint)
-        if wrong is None:
+        if wrong := fault(checkpoint):
+            say(f"{checkpoint} is skipped as torn: {wrong}.")
+        elif model is not None and (wrong := misfit(checkpoint, model)):
+            say(f"{checkpoint} is skipped as that of another model, or of before or after a pruning: {wrong}.")
+        else:
             return checkpoint
-        say(f"{checkpoint} is skipped as torn: {wrong}.")
     return None
 
 
@@ -132,9 +161,13 @@ def rotate(folder: Path | str, limit: int | None, newest: Path, best: str | None
         discard(checkpoint)
 
 
-def best_beside(checkpoint: Path, best_step: int | None) -> str | None:
-    """The checkpoint of `best_step` in the folder where `checkpoint` now lies, wherever it lay when it was written."""
+def best_beside(checkpoint: Path, best_step: int | None, model: nn.Module) -> str | None:
+    """
+    The checkpoint of `best_step` in the folder where `checkpoint` now lies, wherever it lay when it was written.
+
+    None where it is torn, or where another training of the model, pruned, has put its own in that place.
+    """
     if not best_step:
         return None
     best = checkpoint.parent / f"checkpoint-{best_step}"
-    return str(best) if fault(best) is None else None
+    return str(best) if fault(best) is None and misfit(best, model) is None else None

@@ -146,7 +146,8 @@ class MRPFConfig(TrainingArguments):
     Raises:
         ValueError: where a value is out of its range or a name is not known, or `awp_gamma` or `ema_decay` comes with
             FSDP or DeepSpeed, which keep a part of the weights on each process, or `awp_gamma` with `fp16`; also for
-            `label_smoothing_factor`, `bf16_full_eval` and `fp16_full_eval`, which have no place here.
+            `label_smoothing_factor`, `remove_unused_columns`, `bf16_full_eval` and `fp16_full_eval`, which have no
+            place here.
     """
 
     objective: str = field(default="trades", metadata={"help": f"What to minimise: {', '.join(OBJECTIVES)}."})
@@ -338,6 +339,11 @@ class MRPFConfig(TrainingArguments):
             raise ValueError(
                 f"label_smoothing_factor={self.label_smoothing_factor} would change nothing: each objective has a loss "
                 "of its own. Leave it at 0, or give an objective that smooths the labels."
+            )
+        if self.remove_unused_columns:
+            raise ValueError(
+                "remove_unused_columns=True would take away columns that are no arguments of the model's forward, and "
+                "images are made pixels after that. Leave it out; other columns than images and labels are not read."
             )
         for name in ("bf16_full_eval", "fp16_full_eval"):
             if getattr(self, name):

@@ -94,20 +94,46 @@ def collate_pixels(examples: Sequence[Mapping[str, Any]] | Mapping[str, Tensor])
     Collates rows of a pixel data set. A batch that [`PixelRows`] fetched is passed on as it is, in bytes: they cross to
     workers and devices at a quarter of the size, and [`as_float`] makes pixels of them there.
 
+    Args:
+        examples (`Sequence[Mapping]`):
+            Rows with `pixel_values` (`[3, H, W]`, a tensor, an array or bytes of [`as_pixel_dataset`]; integers in
+            [0, 255] or floats in [0, 1]) and `labels` or `label`.
+
     Returns:
         `dict`: `pixel_values` (float32 `[N, 3, H, W]` in [0, 1]), `labels` (int64 `[N]`), and `index` (int64 `[N]`)
         where the rows have it.
+
+    Raises:
+        ValueError: for rows without these, such as pairs or rows with images that nobody decoded.
     """
     if isinstance(examples, Mapping):
         return dict(examples)
+    examples = [_checked_row(example) for example in examples]
     values = [example["pixel_values"] for example in examples]
     # A data set may lose its format, as to `concatenate_datasets`; the bytes know their shape.
-    pixels = unpack({"pixel_values": values})["pixel_values"] if isinstance(values[0], bytes) else torch.stack(values)
+    if isinstance(values[0], bytes):
+        pixels = unpack({"pixel_values": values})["pixel_values"]
+    else:
+        pixels = torch.stack([torch.as_tensor(value) for value in values])
     collated = {"pixel_values": as_float(pixels)}
     for column in ("labels", "index"):
         if column in examples[0]:
             collated[column] = torch.tensor([int(example[column]) for example in examples])
     return collated
+
+
+def _checked_row(example: Any) -> Mapping[str, Any]:
+    columns = list(example) if isinstance(example, Mapping) else []
+    if "pixel_values" in columns and "labels" in columns:
+        return example
+    if "pixel_values" in columns and "label" in columns:
+        return {**example, "labels": example["label"]}
+    held = f"the columns {', '.join(map(str, columns))}" if columns else f"no columns: it is a {type(example).__name__}"
+    raise ValueError(
+        f"A sample has {held}; pixel_values and labels are needed. Columns of images are decoded of a datasets.Dataset "
+        "alone, not of one that streams (load it without streaming); of other data sets give dicts "
+        '{"pixel_values": pixels, "labels": label}, or a data_collator that makes them.'
+    )
 
 
 def batches(

@@ -24,6 +24,9 @@ class MeasuringTrainer(PixelTrainer):
     evaluation has `eval_accuracy`, `eval_robust_accuracy` and `eval_adversarial_loss_gap`, all images counted once, and
     in a training `eval_train_robust_accuracy`, that of the batches since the evaluation before. Every one of them is
     over all processes.
+
+    `predict(dataset).predictions` is a pair: the logits of the clean images and those of the images under attack, each
+    `[N, number of classes]`. `compute_metrics` is given the first of them.
     """
 
     def __init__(self, *, compute_metrics: Callable | None = None, **kwargs: Any):

@@ -12,6 +12,7 @@ import reprlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from numbers import Real
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,6 +37,10 @@ SIZE_ATTRIBUTES = frozenset({
     "attention_head_size", "all_head_size", "attn_dim", "embed_dim", "dim", "out_dim", "hidden_size", "scale",
     "scaling"
 })
+# Settings that change nothing of what a trained network computes; nor do rates of dropout and of stochastic depth.
+_WITHOUT_EFFECT = frozenset(
+    {"training", "inplace", "momentum", "fused_attn", "gradient_checkpointing", "grad_checkpointing"}
+)
 # Arguments that would reach files, the network or another device, or that this class sets itself.
 _REFUSED_TIMM_KWARGS = frozenset({
     "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_filter_fn",
@@ -53,6 +58,8 @@ _MOST_MODULES, _LARGEST_INTEGER, _LARGEST_IMAGE, _MOST_LABELS = 10_000, 2**18, 8
 _RECIPE_FIELDS: dict[str, dict[str, type]] = {"timm": {"name": str, "kwargs": dict}, "transformers": {"config": dict}}
 # Wrappers of other libraries' checkpoints: their configs name files and repositories.
 _REFUSED_MODEL_TYPES = ("mrpf", "timm_wrapper")
+_ABSENT = object()
+_NEW_HEAD = "load it as it is and give it a new head by hf_mrpf.with_new_head(model, id2label)"
 # Of what config.json holds; higher ones are not read.
 FORMAT = 1
 # What constructors of networks and configs raise for arguments that do not fit.
@@ -126,6 +133,7 @@ class PrunedConfig(PreTrainedConfig):
         super().__init__(**kwargs)
         if not self.num_labels:
             raise ValueError("id2label must name at least one class")
+        _check_numbered(self.id2label)
 
     @classmethod
     def get_config_dict(
@@ -145,6 +153,7 @@ class PrunedConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in transformers; every refusal of the values is a `ValueError` that names the file and the key."""
         try:
+            _check_number_kept(super().from_dict, config_dict, kwargs)
             return super().from_dict(config_dict, **kwargs)
         except _BUILD_ERRORS as error:
             raise ValueError(f"config.json: {error}") from error
@@ -224,7 +233,7 @@ class PrunedForImageClassification(PreTrainedModel):
         backbone: str | PreTrainedConfig | PreTrainedModel,
         *,
         num_labels: int | None = None,
-        id2label: dict[int, str] | None = None,
+        id2label: dict[int, str] | list[str] | None = None,
         image_size: int | None = None,
         small_images: bool = False,
         pretrained: bool = False,
@@ -245,8 +254,8 @@ class PrunedForImageClassification(PreTrainedModel):
             num_labels (`int`, *optional*):
                 Number of classes. Defaults to `id2label`'s, then to the backbone's own; a different number means a
                 new, random head.
-            id2label (`dict[int, str]`, *optional*):
-                Name of each class.
+            id2label (`dict[int, str]` or `list[str]`, *optional*):
+                Name of each class, all of them different; classes are numbered from 0.
             image_size (`int`, *optional*):
                 Height and width in pixels. Defaults to the backbone's own, 224 where it has none.
             small_images (`bool`, *optional*, defaults to `False`):
@@ -269,7 +278,9 @@ class PrunedForImageClassification(PreTrainedModel):
                 or an argument the backbone cannot work with, or weights that are not all the backbone's.
             OSError: for weights that cannot be fetched, or are there as a pickle only.
         """
-        if isinstance(id2label, dict) and num_labels not in (None, len(id2label)):
+        if id2label is not None:
+            id2label = _checked_names(id2label)
+        if id2label is not None and num_labels not in (None, len(id2label)):
             raise ValueError(f"num_labels is {num_labels}, but id2label names {len(id2label)} classes")
         labels = len(id2label) if id2label is not None else num_labels
         if labels is not None and not _is_size(labels):
@@ -319,8 +330,14 @@ class PrunedForImageClassification(PreTrainedModel):
             [`~transformers.modeling_outputs.ImageClassifierOutput`] with `logits` of shape `(N, num_labels)`.
 
         Raises:
-            ValueError: for integer pixels or another shape. The range is not checked: that would wait for the device.
+            ValueError: for integer pixels, another shape, or no tensor. The range is not checked: that would wait for
+                the device.
         """
+        if not isinstance(pixel_values, Tensor):
+            raise ValueError(
+                "pixel_values must be a tensor of shape (N, 3, H, W), floating point in [0, 1], got "
+                f"{type(pixel_values).__name__}: an image file is read by pipeline or AutoImageProcessor"
+            )
         if not pixel_values.is_floating_point():
             raise ValueError(
                 f"pixel_values must be floating point in [0, 1], got {pixel_values.dtype}: divide 8-bit pixels by 255"
@@ -351,7 +368,7 @@ class PrunedForImageClassification(PreTrainedModel):
             OSError: for a missing file.
         """
         if kwargs.pop("ignore_mismatched_sizes", False):
-            raise ValueError("ignore_mismatched_sizes: these models load strictly; use from_backbone for a new head")
+            raise ValueError(f"ignore_mismatched_sizes: these models load strictly; {_NEW_HEAD}")
         source = pretrained_model_name_or_path
         kwargs |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
@@ -375,8 +392,14 @@ class PrunedForImageClassification(PreTrainedModel):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Write weights (safetensors), `config.json` with the pruning record of the model as it now is,
-        `preprocessor_config.json` and this file; arguments as in transformers."""
-        self.config.pruning = describe_pruning(self)
+        `preprocessor_config.json` and this file; arguments as in transformers.
+
+        Raises:
+            ValueError: for a model that could not be loaded again as it is, see [`describe_pruning`], or whose config
+                does not go with it.
+        """
+        self.update_pruning_record()
+        _check_can_load(self)
         # The record speaks of the model's own tensor names.
         kwargs.setdefault("save_original_format", False)
         push = kwargs.pop("push_to_hub", False)
@@ -385,6 +408,14 @@ class PrunedForImageClassification(PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
         if push:  # in its own way: transformers would send another card
             self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), **hub)
+
+    def update_pruning_record(self) -> None:
+        """Have `config.pruning` say how the model is pruned now; [`prune`] and saving do so.
+
+        Raises:
+            ValueError: as [`describe_pruning`].
+        """
+        self.config.pruning = describe_pruning(self)
 
     def initialize_weights(self) -> None:
         """Do nothing: the backbone's constructor initialises it, and trained weights must stay."""
@@ -415,7 +446,9 @@ class PrunedForImageClassification(PreTrainedModel):
 
 def describe_pruning(model: PrunedForImageClassification) -> dict[str, Any] | None:
     r"""
-    Say how a model differs in size from the dense backbone of its recipe.
+    Say how a model differs in size from the dense backbone of its recipe. In nothing else may it differ, but in what
+    matters to training alone: modes, gradient checkpointing, momentum, rates of dropout and stochastic depth. Those
+    are not kept.
 
     Args:
         model ([`PrunedForImageClassification`]):
@@ -426,7 +459,8 @@ def describe_pruning(model: PrunedForImageClassification) -> dict[str, Any] | No
         names of `model.state_dict()` and `model.named_modules()`; `None` for a dense model.
 
     Raises:
-        ValueError: if the backbone has other tensors than its recipe, or larger ones: it could not be loaded again.
+        ValueError: if the backbone has other tensors than its recipe, or larger ones, or a module of another class or
+            with another setting (such as a stride): another network would be loaded. The module is named.
     """
     with torch.device("meta"):
         dense = _build_backbone(model.config)
@@ -435,6 +469,7 @@ def describe_pruning(model: PrunedForImageClassification) -> dict[str, Any] | No
     if before.keys() != after.keys():
         names = ", ".join(sorted(before.keys() ^ after.keys())[:5])
         raise ValueError(f"the backbone and its recipe {_recipe_name(model.config)} differ in tensors: {names}")
+    _check_same_network(dense, model)
     shapes = {name: shape for name, shape in after.items() if shape != before[name]}
     for name, shape in shapes.items():
         if len(shape) != len(before[name]) or any(new > old for new, old in zip(shape, before[name], strict=True)):
@@ -446,6 +481,75 @@ def describe_pruning(model: PrunedForImageClassification) -> dict[str, Any] | No
         if (changed := {key: now[key] for key in sorted(now) if now[key] != sizes.get(module, now).get(key, now[key])})
     }
     return {"shapes": shapes, "attrs": attrs} if shapes or attrs else None
+
+
+def _check_same_network(dense: nn.Module, model: PrunedForImageClassification) -> None:
+    """Refuse a backbone that differs from what its recipe builds in more than sizes."""
+    if _difference(dense, model.backbone) is None:
+        return
+    # Some networks adapt a setting of theirs to the image: Swin of transformers its windows.
+    _check_forward(dense, model.config)
+    if difference := _difference(dense, model.backbone):
+        raise ValueError(
+            f"{difference}: loading would build another network than this one. Say it in the recipe instead, by "
+            "from_backbone with small_images=True or arguments of the backbone, and make other classes by "
+            "hf_mrpf.with_new_head; a network that was changed by hand can be pruned and trained as a plain nn.Module"
+        )
+
+
+def _difference(dense: nn.Module, network: nn.Module) -> str | None:
+    """The first module that is not as the recipe builds it, and how."""
+    wanted, found = dict(dense.named_modules()), dict(network.named_modules())
+    if list(wanted) != list(found):
+        for name in (*found, *wanted):
+            if (name in found) != (name in wanted):
+                place, other = ("backbone", "recipe") if name in found else ("recipe", "backbone")
+                return f"{_full_name(name)} is in the {place} and not in the {other}"
+        return "the modules of the backbone have another order than those of the recipe"
+    for name, module in found.items():
+        other = wanted[name]
+        if _kind(module) is not _kind(other) and not _is_synchronised(module, other):
+            return f"{_full_name(name)} is a {type(module).__name__}, and the recipe builds a {type(other).__name__}"
+        for key in sorted(_settings(module) | _settings(other)):
+            value, built = (getattr(each, key, _ABSENT) for each in (module, other))
+            # What the recipe's module has not got at all was hung there by a library, and is not read by its forward.
+            if built is not _ABSENT and _is_plain(built) and not (_is_plain(value) and _same(value, built)):
+                return f"{_full_name(name)}.{key} is {reprlib.repr(value)}, and the recipe builds {built!r}"
+        if isinstance(module, nn.Conv2d) and module.weight.shape[2:] != other.weight.shape[2:]:
+            return (
+                f"{_full_name(name)} has kernels of {tuple(module.weight.shape[2:])}, and the recipe builds "
+                f"{tuple(other.weight.shape[2:])}"
+            )
+    return None
+
+
+def _kind(module: nn.Module) -> type:
+    """The class of a module; FSDP puts one of its own before it."""
+    return next(kind for kind in type(module).__mro__ if not kind.__module__.startswith("torch.distributed"))
+
+
+def _is_synchronised(module: nn.Module, other: nn.Module) -> bool:
+    plain = type(other) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    return plain and type(module) is nn.SyncBatchNorm
+
+
+def _settings(module: nn.Module) -> set[str]:
+    """Names of the plain values that say what a module computes, other than sizes."""
+    rate = {"p"} if isinstance(module, nn.modules.dropout._DropoutNd) else set()
+    names = vars(module).keys() - SIZE_ATTRIBUTES - _WITHOUT_EFFECT - rate
+    return {name for name in names if not name.startswith("_") and "drop" not in name and _is_plain(vars(module)[name])}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def _same(value: Any, other: Any) -> bool:
+    if isinstance(value, tuple | list) and isinstance(other, tuple | list):
+        return len(value) == len(other) and all(map(_same, value, other))
+    return value == other
 
 
 def apply_pruning(model: PrunedForImageClassification, record: dict[str, Any]) -> None:
@@ -465,7 +569,9 @@ def apply_pruning(model: PrunedForImageClassification, record: dict[str, Any]) -
     _apply_record(model.backbone, record)
 
 
-def with_new_head(model: PrunedForImageClassification, id2label: dict[int, str]) -> PrunedForImageClassification:
+def with_new_head(
+    model: PrunedForImageClassification, id2label: dict[int, str] | list[str]
+) -> PrunedForImageClassification:
     r"""
     Give a trained model, dense or pruned, other classes: everything is copied but the layers whose size follows their
     number, which are random.
@@ -473,19 +579,23 @@ def with_new_head(model: PrunedForImageClassification, id2label: dict[int, str])
     Args:
         model ([`PrunedForImageClassification`]):
             The trained model; it is left as it is.
-        id2label (`dict[int, str]`):
-            Name of each class.
+        id2label (`dict[int, str]` or `list[str]`):
+            Name of each class, all of them different; classes are numbered from 0.
 
     Returns:
-        [`PrunedForImageClassification`] on the same device, pruned as `model` is.
+        [`PrunedForImageClassification`] on the same device and in the same mode, pruned as `model` is.
 
     Raises:
-        ValueError: if the number of classes is that of `model`: then it is not known whether the head fits.
+        ValueError: if the number of classes is that of `model`: then it is not known whether the head fits. Also for
+            names that are not of classes from 0 on or not different, and as [`describe_pruning`].
     """
+    if not isinstance(model, PrunedForImageClassification):
+        raise ValueError(f"model is a {type(model).__name__}; a PrunedForImageClassification is needed")
+    id2label = _checked_names(id2label)
     if len(id2label) == model.config.num_labels:
         raise ValueError(f"the model has {len(id2label)} classes already: give id2label another number of them")
     config, record = copy.deepcopy(model.config), describe_pruning(model)
-    config.id2label = {int(index): str(label) for index, label in id2label.items()}
+    config.id2label = id2label
     config.label2id = {label: index for index, label in config.id2label.items()}
     config.pruning = None
     with torch.device("meta"):
@@ -609,12 +719,50 @@ def _sizes(network: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def _checked_channels(name: str, values: Any, positive: bool = False) -> list[float]:
-    values = list(values) if isinstance(values, Iterable) and not isinstance(values, str) else [values]
-    if len(values) != 3 or not all(type(value) in (int, float) and math.isfinite(value) for value in values):
+    # One number alone, perhaps as a tensor or array, is refused below with the same message.
+    several = isinstance(values, Iterable) and not isinstance(values, str) and getattr(values, "ndim", None) != 0
+    values = [_number(value) for value in values] if several else [values]
+    if len(values) != 3 or not all(type(value) is float and math.isfinite(value) for value in values):
         raise ValueError(f"{name} must be 3 finite numbers, one for each channel, got {reprlib.repr(values)}")
     if positive and min(values) <= 0:
         raise ValueError(f"{name} must be above 0, got {values}")
-    return [float(value) for value in values]
+    return values
+
+
+def _number(value: Any) -> Any:
+    """The float of any real number, also of numpy's or in a tensor without dimensions; anything else as it is."""
+    value = value.item() if getattr(value, "ndim", None) == 0 else value
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else value
+
+
+def _checked_names(id2label: Any) -> dict[int, str]:
+    """The name of each class by its number, from a list or a dict; keys of JSON are strings."""
+    try:
+        names = dict(id2label) if isinstance(id2label, dict) else dict(enumerate(id2label))
+        names = {int(index): str(name) for index, name in names.items()}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"id2label must be a list or a dict of names, got {reprlib.repr(id2label)}") from error
+    if isinstance(id2label, str):
+        raise ValueError(f"id2label must be a list or a dict of names, got {id2label!r}")
+    _check_numbered(names)
+    if twice := [name for index, name in names.items() if name in list(names.values())[:index]]:
+        raise ValueError(f"id2label has the name {twice[0]!r} twice: give each class a name of its own")
+    return dict(sorted(names.items()))
+
+
+def _check_numbered(names: Any) -> None:
+    if sorted(names) != list(range(len(names))):
+        numbers = f"{len(names)} classes from 0 to {len(names) - 1}"
+        raise ValueError(f"id2label must number its {numbers}, got {reprlib.repr(sorted(names))}")
+
+
+def _check_number_kept(load: Callable[..., Any], saved: dict[str, Any], options: dict[str, Any]) -> None:
+    """Refuse to load a model with another number of classes than it was saved with: its head would not fit."""
+    for key in ("num_labels", "id2label"):
+        value = options.get(key)
+        wanted = len(value) if isinstance(value, dict | list) else value
+        if wanted is not None and wanted != (number := load(dict(saved)).num_labels):
+            raise ValueError(f"{key} says {wanted} classes, and the saved model has {number}: {_NEW_HEAD}")
 
 
 def _check_common(values: dict[str, Any]) -> None:
@@ -839,16 +987,28 @@ def _check_keys(info: dict[str, Any], source: Any) -> None:
 
 def _check_loaded(model: PrunedForImageClassification, info: dict[str, Any], source: Any) -> None:
     _check_keys(info, source)
+    _check_values(model, lambda key: f"{source}: {_weights_file(source, key)} holds")
+
+
+def _check_values(model: PrunedForImageClassification, holds: Callable[[str], str]) -> None:
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.is_meta and tensor.isnan().any():
-            raise ValueError(f"{source}: {_weights_file(source, key)} holds NaN in {key!r}")
+            raise ValueError(f"{holds(key)} NaN in {key!r}")
     for name in ("image_mean", "image_std"):
         buffer = getattr(model, name)
         if not buffer.is_meta and not torch.equal(buffer.cpu(), torch.tensor(getattr(model.config, name))):
-            raise ValueError(
-                f"{source}: {_weights_file(source, name)} holds {name} {buffer.tolist()}, config.json "
-                f"{getattr(model.config, name)}"
-            )
+            raise ValueError(f"{holds(name)} {name} {buffer.tolist()}, config.json {getattr(model.config, name)}")
+
+
+def _check_can_load(model: PrunedForImageClassification) -> None:
+    """Refuse to save what loading would refuse."""
+    config = type(model.config).from_dict(model.config.to_dict())
+    with torch.device("meta"):
+        network = _build_backbone(config)
+    if config.pruning is not None:
+        _apply_record(network, config.pruning)
+    _check_forward(network, config)
+    _check_values(model, lambda key: "the model holds")
 
 
 def _align(model: nn.Module) -> None:
@@ -1042,8 +1202,8 @@ def _from_transformers_config(
 ) -> dict[str, Any]:
     if config.model_type in _REFUSED_MODEL_TYPES:
         raise ValueError(
-            f"backbone is of type {config.model_type!r}: load a saved model of this class with from_pretrained, and a "
-            "timm model by its name, 'timm/<architecture>.<tag>'"
+            f"backbone is of type {config.model_type!r}: load a saved model of this class with from_pretrained (for "
+            f"other classes than its own, {_NEW_HEAD}), and a timm model by its name, 'timm/<architecture>.<tag>'"
         )
     values = {key: value for key, value in config.to_diff_dict().items() if key not in _DROPPED_CONFIG_KEYS}
     if unknown := [key for key in kwargs if not hasattr(config, key)]:

@@ -285,7 +285,8 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
         `nn.Module`: `model`.
 
     Raises:
-        ValueError: If the model's units are not those of the plan, or it cannot be pruned rightly.
+        ValueError: If the model's units are not those of the plan, or it cannot be pruned rightly, or (of a
+            [`PrunedForImageClassification`], whose `config.pruning` says afterwards what is left) saved again.
 
     Warns:
         UserWarning: If the weights are not those that the plan was made on.
@@ -301,7 +302,12 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
             "the model's weights are not those that the plan was made on: its choice of channels may not suit them.",
             stacklevel=2,
         )
+    recorded = [part for part in model.modules() if isinstance(part, PrunedForImageClassification)]
+    for part in recorded:
+        describe_pruning(part)
     cut(model, graph, plan.kept)
+    for part in recorded:
+        part.update_pruning_record()
     return model
 
 

@@ -1,17 +1,20 @@
 """A Trainer whose checkpoints count once they are whole, and which stops where weights or loss are no longer finite."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 from torch import nn
 
 from .averaging import AveragingTrainer
-from .checkpoints import best_beside, check_complete, discard, mark_complete, newest_complete, rotate
+from .checkpoints import best_beside, check_complete, discard, mark_complete, misfit, newest_complete, rotate
 from .config import MRPFConfig
 from .faults import is_out_of_memory, out_of_memory
 from .processes import Processes, check_same_model
 from .sensitivity import check_finite_weights
+
+LOGGER = logging.getLogger("hf_mrpf")
 
 
 class ResumableTrainer(AveragingTrainer):
@@ -27,10 +30,11 @@ class ResumableTrainer(AveragingTrainer):
 
         Args:
             resume_from_checkpoint (`str`, `Path` or `bool`, *optional*):
-                A checkpoint to go on from; `True` for the newest complete one in `output_dir`, torn ones being skipped.
+                A checkpoint to go on from; `True` for the newest complete one in `output_dir`. Torn ones are skipped,
+                and so are those of other shapes, such as of the model before it was pruned.
 
         Raises:
-            ValueError: also where the checkpoint is torn, or `True` was given and none is complete.
+            ValueError: also where the checkpoint is torn or of another shape, or `True` was given and there is none.
         """
         self._checked_checkpoint = None
         self._resumed_from = self._place(resume_from_checkpoint)
@@ -66,9 +70,7 @@ class ResumableTrainer(AveragingTrainer):
         found, error = None, None
         if wanted and self.is_world_process_zero():
             try:
-                found = newest_complete(str(self.args.output_dir)) if wanted is True else check_complete(str(wanted))
-                if found is None:
-                    error = f"resume_from_checkpoint=True, but {self.args.output_dir} holds no complete checkpoint."
+                found = self._newest() if wanted is True else self._forced(str(wanted))
             except ValueError as refusal:
                 error = str(refusal)
         found, error = Processes.of(self.args.world_size > 1).from_main((found, error))
@@ -76,12 +78,37 @@ class ResumableTrainer(AveragingTrainer):
             raise ValueError(error)
         return found
 
+    def _newest(self) -> Path:
+        folder, model = str(self.args.output_dir), self.accelerator.unwrap_model(self.model)
+        said: list[str] = []
+        found = newest_complete(folder, model=model, say=said.append)
+        if found is None:
+            other = newest_complete(folder, say=lambda line: None)
+            raise ValueError(
+                f"resume_from_checkpoint=True, but {folder} holds no complete checkpoint"
+                + (f" of this model. {_other_shape(other, model)}" if other else ".")
+            )
+        for line in said:
+            LOGGER.warning(line)
+        return found
+
+    def _forced(self, place: str) -> Path:
+        found, model = check_complete(place), self.accelerator.unwrap_model(self.model)
+        if misfit(found, model):
+            raise ValueError(_other_shape(found, model))
+        return found
+
     def _init_training_state(self, *args, **kwargs):
         position = super()._init_training_state(*args, **kwargs)
         if self._resumed_from is not None:
             # The path in the state is that of the machine and working directory where it was written.
-            best = best_beside(self._resumed_from, self.state.best_global_step)
-            self.state.best_model_checkpoint = best or self.state.best_model_checkpoint
+            model = self.accelerator.unwrap_model(self.model)
+            best = best_beside(self._resumed_from, self.state.best_global_step, model)
+            recorded = self.state.best_model_checkpoint
+            if best is None and recorded is not None and misfit(Path(recorded), model):
+                # Another training, of the pruned model, has written over it: the best is sought afresh.
+                self.state.best_global_step = self.state.best_metric = recorded = None
+            self.state.best_model_checkpoint = best or recorded
         return position
 
     def _run_epoch(self, *args, **kwargs) -> None:
@@ -140,3 +167,10 @@ class ResumableTrainer(AveragingTrainer):
             f"{self._checked_checkpoint or 'none was saved yet'}. Lower the learning rate, or give it a warm-up"
             f"{', or train without --bf16' if self.args.bf16 else ''}."
         )
+
+
+def _other_shape(checkpoint: Path, model: nn.Module) -> str:
+    return (
+        f"{checkpoint} is a checkpoint of another model, or of this one before or after a pruning: "
+        f"{misfit(checkpoint, model)}. To go on from it, build the model with from_pretrained({str(checkpoint)!r})."
+    )

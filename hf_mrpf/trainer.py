@@ -11,24 +11,24 @@ import torch
 from accelerate.utils import broadcast, broadcast_object_list
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
+from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 
 from .allocation import reads
 from .augmentation import augment, mirror_keeps_class
 from .batchnorm import average_statistics, recalibrate_batchnorm
 from .callbacks import SeedEachRank
-from .config import MRPFConfig, adam_arguments
+from .config import MRPFConfig
 from .data import calibration_batches, stratified_subset
 from .efficiency import count_macs, count_parameters
 from .loader import batches
 from .objectives import Objective, ObjectiveOutput, get_objective
+from .optimizing import OptimizingTrainer
 from .pixels import own_class_names
 from .plan import PruningPlan, removed_fraction
 from .processes import Processes
 from .progress import shows_progress
 from .pruning import plan_pruning, prune
 from .repair import RepairReport, repair
-from .resumable import ResumableTrainer
 from .sensitivity import check_finite_weights, module_robustness_sensitivity
 from .units import pruning_units
 from .weight_perturbation import adversarial_weights
@@ -47,7 +47,7 @@ class AverageBatchNorm(TrainerCallback):
         average_statistics(kwargs["model"], Processes.of(args.world_size > 1))
 
 
-class MRPFTrainer(ResumableTrainer):
+class MRPFTrainer(OptimizingTrainer):
     r"""
     `Trainer` with `prune()`: Module Robustness Sensitivity, structured removal, repair; then adversarial fine-tuning.
 
@@ -62,7 +62,8 @@ class MRPFTrainer(ResumableTrainer):
         args ([`MRPFConfig`]):
             All settings.
         train_dataset (`datasets.Dataset`):
-            One Image (or `pixel_values`) column and one ClassLabel column. Calibration images are drawn from it.
+            One Image (or `pixel_values`) column and one ClassLabel column. Calibration images are drawn from it, and
+            a config that calls the classes `LABEL_0` and so on gets its names.
         eval_dataset (`datasets.Dataset`, *optional*):
             The validation split, in the same schema; never the test split.
         compute_metrics (`Callable`, *optional*):
@@ -76,15 +77,16 @@ class MRPFTrainer(ResumableTrainer):
             Whether training mirrors images: what `args` say, or else what the class names say (digits are not).
 
     Raises:
-        ValueError: where weights are not finite, a label lies outside the model's classes, or `teacher` is `model`.
+        ValueError: where there is no model, weights are not finite, a label lies outside the model's classes, the data
+            set numbers the classes otherwise than the model, or `teacher` is `model`.
     """
 
     args: MRPFConfig
 
     def __init__(
         self,
-        model: PreTrainedModel | nn.Module,
-        args: MRPFConfig,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: MRPFConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         compute_metrics=None,
@@ -93,6 +95,11 @@ class MRPFTrainer(ResumableTrainer):
     ):
         if not isinstance(args, MRPFConfig):
             raise ValueError(f"args is a {type(args).__name__}; MRPFTrainer needs an MRPFConfig.")
+        if model is None or kwargs.get("model_init") is not None:
+            raise ValueError(
+                "MRPFTrainer needs a model, and takes no model_init: that would build the dense model anew at each "
+                "train(), and what prune() did would be lost. Give model=model_init()."
+            )
         check_finite_weights(model)
         if teacher is not None and teacher is model:
             raise ValueError("teacher is the model that is trained; give another one, or copy.deepcopy(model).")
@@ -139,9 +146,15 @@ class MRPFTrainer(ResumableTrainer):
             [`PruningPlan`]: the plan that was applied, the same on every rank.
 
         Raises:
-            ValueError: where there is no training data to calibrate on, the target cannot be met, the plan belongs to
-                another model, or an optimizer was handed to the trainer (it would go on training the old weights).
+            ValueError: where there is no training data to calibrate on, the target cannot be met, the plan is none or
+                belongs to another model, or an optimizer was handed to the trainer (it would go on training the old
+                weights).
         """
+        if not isinstance(plan, PruningPlan | None):
+            raise ValueError(
+                f"plan is {plan!r}; give a PruningPlan (PruningPlan.load reads a file), or none to make one from args: "
+                "the fraction to keep is MRPFConfig(target=...)."
+            )
         if self.optimizer is not None and not self._made_own_optimizer:
             raise ValueError(
                 "This trainer was given an optimizer, which points at the weights before pruning. "
@@ -265,37 +278,7 @@ class MRPFTrainer(ResumableTrainer):
             name: metrics[f"{step}_{name}"] for name in MEASURED if f"{step}_{name}" in metrics
         } | {"num_samples": output.num_samples}
 
-    def _start_afresh(self, model: nn.Module) -> None:
-        """Forgets everything that points at the parameters before pruning: they are no longer the model's."""
-        self.model = self.model_wrapped = model
-        self.optimizer = self.lr_scheduler = None
-        self._created_lr_scheduler = False
-        for name in ("model", "optimizer", "lr_scheduler"):
-            setattr(self.callback_handler, name, getattr(self, name))
-        self.accelerator.free_memory()
-
     # ---- Training ---------------------------------------------------------------------------------------------------
-
-    @property
-    def _made_own_optimizer(self) -> bool:
-        return self.__dict__.get("_own_optimizer", False)
-
-    def create_optimizer(self, *args, **kwargs):
-        """As in `Trainer`."""
-        self._own_optimizer = self.optimizer is None or self._made_own_optimizer
-        return super().create_optimizer(*args, **kwargs)
-
-    @staticmethod
-    def get_optimizer_cls_and_kwargs(args, model=None):
-        """As in `Trainer`; `"adam"` is `torch.optim.Adam`."""
-        if args.optim == "adam":
-            return torch.optim.Adam, adam_arguments(args)
-        return Trainer.get_optimizer_cls_and_kwargs(args, model)
-
-    def _prepare_for_training(self, *args, **kwargs):
-        # An evaluation before training marks the bare model as prepared, and DDP would then silently be left out.
-        self._without_autocast().__dict__.pop("_is_accelerate_prepared", None)
-        return super()._prepare_for_training(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective on one batch: images augmented as a tensor, attack on the unwrapped model."""

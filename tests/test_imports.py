@@ -85,6 +85,7 @@ FLOORS = {
     "measuring": 5.5,
     "averaging": 5.7,
     "resumable": 5.8,
+    "optimizing": 5.9,
     "weight_perturbation": 0.2,
     "trainer": 6,
     "interruption": 0,

@@ -134,6 +134,28 @@ def trainer_of(folder: Path, dataset: Dataset, collator=None, **options) -> MRPF
     return MRPFTrainer(Seen(), args, train_dataset=dataset, **more)
 
 
+def test_rows_of_other_data_sets_are_collated_or_refused_with_what_is_needed(tmp_path):
+    pixels, labels = torch.rand(8, 3, 8, 8), [index % 3 for index in range(8)]
+    pairs = list(zip(pixels, labels, strict=True))
+    expected = collate_pixels([{"pixel_values": image, "labels": label} for image, label in pairs])
+    assert torch.equal(expected["pixel_values"], pixels) and expected["labels"].tolist() == labels
+    for rows in (
+        [{"pixel_values": image.numpy(), "label": label} for image, label in pairs],
+        [{"pixel_values": image.double().numpy(), "labels": np.int64(label)} for image, label in pairs],
+        [{"pixel_values": image.tolist(), "labels": torch.tensor(label)} for image, label in pairs],
+    ):
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in collate_pixels(rows).items())
+    for given, message in (
+        (torch.utils.data.TensorDataset(pixels, torch.tensor(labels)), "no columns: it is a tuple"),
+        ([{"pixel_values": image} for image in pixels], "the columns pixel_values; pixel_values and labels are needed"),
+        (animals(8).to_iterable_dataset(), "the columns image, label; .*not of one that streams"),
+    ):
+        with pytest.raises(ValueError, match=f"A sample has {message}"):
+            trainer_of(tmp_path, given).train()
+        with pytest.raises(ValueError, match=f"A sample has {message}"):
+            trainer_of(tmp_path, given).evaluate(given)
+
+
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_training_sees_the_images_in_the_order_of_the_loader_of_rows(tmp_path, workers):
     dataset = mapped(tmp_path, 30)

@@ -3,8 +3,10 @@
 import copy
 import json
 import shutil
+from fractions import Fraction
 from importlib import import_module
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -194,6 +196,28 @@ def test_labels():
         from_backbone("resnet18", num_labels=4, id2label={0: "a", 1: "b", 2: "c"})
     with pytest.raises(ValueError, match="num_labels must be a positive integer, got True"):
         from_backbone("resnet18", num_labels=True)
+    assert from_backbone("resnet18", id2label=["cat", "dog"], **NARROW).config.label2id == {"cat": 0, "dog": 1}
+    for names, message in (
+        ({1: "a", 2: "b"}, r"must number its 2 classes from 0 to 1, got \[1, 2\]"),
+        (["a", "b", "a"], "has the name 'a' twice"),
+        ({"a": 0, "b": 1}, "id2label must be a list or a dict of names"),
+        ("ab", "id2label must be a list or a dict of names, got 'ab'"),
+        (3, "id2label must be a list or a dict of names, got 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            from_backbone("resnet18", id2label=names)
+    with pytest.raises(ValueError, match="num_labels is 4, but id2label names 2 classes"):
+        from_backbone("resnet18", num_labels=4, id2label=["a", "b"])
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.tensor, lambda values: [torch.tensor(value) for value in values]])
+def test_statistics_come_as_any_numbers(kind):
+    config = PrunedConfig(image_mean=kind([0.25, 0.5, 0.75]), image_std=[np.float32(0.5), Fraction(1, 2), 1])
+    assert (config.image_mean, config.image_std) == ([0.25, 0.5, 0.75], [0.5, 0.5, 1.0])
+    assert {type(value) for value in config.image_mean + config.image_std} == {float}
+    for wrong in (kind([0.5]), torch.tensor(0.5), np.array([True] * 3), kind([0.5, 0.5, float("nan")])):
+        with pytest.raises(ValueError, match="image_mean must be 3 finite numbers"):
+            PrunedConfig(image_mean=wrong)
 
 
 @pytest.mark.parametrize(
@@ -353,6 +377,7 @@ def test_config_round_trips_and_is_default_constructible():
         ({"backbone": {"source": "timm", "name": "a", "kwargs": {}, "b": 1}}, "unknown fields"),
         ({"id2label": {}}, "id2label must name at least one class"),
         ({"id2label": 3}, "config.json"),
+        ({"id2label": {"1": "a", "2": "b"}}, r"id2label must number its 2 classes from 0 to 1, got \[1, 2\]"),
     ],
 )
 def test_config_refuses_other_kinds_of_values(values, message):
@@ -404,6 +429,8 @@ def test_forward_normalises_and_returns_loss_and_logits(saved):
         (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "got torch.uint8: divide 8-bit pixels by 255"),
         (torch.zeros(1, 1, 32, 32), r"got \(1, 1, 32, 32\): convert greyscale"),
         (torch.zeros(3, 32, 32), r"got \(3, 32, 32\)"),
+        (None, r"must be a tensor of shape \(N, 3, H, W\), floating point in \[0, 1\], got NoneType"),
+        (torch.zeros(1, 3, 32, 32).numpy(), "must be a tensor .* got ndarray"),
     ],
 )
 def test_forward_refuses_other_images(saved, images, message):
@@ -807,10 +834,12 @@ def test_missing_files_are_os_errors_and_pickles_are_not_read(broken):
 
 
 def test_loading_is_strict_even_on_request(saved):
-    with pytest.raises(ValueError, match="load strictly; use from_backbone for a new head"):
+    with pytest.raises(ValueError, match="load strictly; load it .* by hf_mrpf.with_new_head"):
         from_pretrained(saved[1], num_labels=3, ignore_mismatched_sizes=True)
+    config = PrunedConfig.from_pretrained(saved[1])
+    config.num_labels = 3
     with pytest.raises(ValueError, match=r"config\.json says \(3,\)"):
-        from_pretrained(saved[1], num_labels=3)
+        from_pretrained(saved[1], config=config)
 
 
 @pytest.mark.parametrize("number", [2, 0, True, "1"])

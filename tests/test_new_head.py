@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 from test_modeling import NARROW, TINY_RESNET, from_backbone, from_pretrained, randomise
-from transformers import ResNetConfig
+from transformers import AutoModelForImageClassification, ResNetConfig
 
+import hf_mrpf
 from hf_mrpf import plan_pruning, prune
 from hf_mrpf.cli import ModelArguments, build_model
 from hf_mrpf.data import load_image_data
@@ -61,6 +62,35 @@ def test_a_dense_model_and_the_same_number_of_classes():
     assert describe_pruning(with_new_head(model, LABELS)) is None
     with pytest.raises(ValueError, match="the model has 10 classes already"):
         with_new_head(model, {index: str(index) for index in range(10)})
+
+
+def test_every_way_to_other_classes_leads_to_a_new_head(tmp_path):
+    assert hf_mrpf.with_new_head is with_new_head and "with_new_head" in hf_mrpf.__all__
+    model = from_backbone("resnet18", num_labels=10, image_size=32, small_images=True, **NARROW)
+    dense, pruned = tmp_path / "dense", tmp_path / "pruned"
+    model.save_pretrained(dense)
+    prune(model, plan_pruning(model, torch.rand(1, 3, 32, 32), target=0.6, allocation="uniform"))
+    model.save_pretrained(pruned)
+    for folder in (dense, pruned):
+        for load in (from_pretrained, AutoModelForImageClassification.from_pretrained):
+            for options in (
+                {"num_labels": 7},
+                {"id2label": LABELS},
+                {"num_labels": 7, "ignore_mismatched_sizes": True},
+            ):
+                with pytest.raises(
+                    ValueError, match=r"give it a new head by hf_mrpf\.with_new_head\(model, id2label\)"
+                ):
+                    load(folder, **options)
+            assert load(folder, id2label={i: f"c{i}" for i in range(10)}, num_labels=10).config.id2label[3] == "c3"
+        with pytest.raises(ValueError, match=r"from_pretrained \(for .* by hf_mrpf\.with_new_head"):
+            from_backbone(str(folder), num_labels=7)
+    assert with_new_head(model, ["a", "b"]).config.id2label == {0: "a", 1: "b"}
+    for wrong, message in (({1: "a", 2: "b"}, "from 0 to 1"), (["a", "a"], "twice")):
+        with pytest.raises(ValueError, match=message):
+            with_new_head(model, wrong)
+    with pytest.raises(ValueError, match="model is a Linear; a PrunedForImageClassification is needed"):
+        with_new_head(torch.nn.Linear(2, 2), LABELS)
 
 
 def test_the_command_line_gives_a_named_model_the_classes_of_the_data(tmp_path):

@@ -252,6 +252,12 @@ def test_prune_refuses_what_it_would_break(tmp_path, data, model):
         MRPFTrainer(model, quick(tmp_path), data.train, optimizers=(optimizer, None)).prune()
     with pytest.raises(ValueError, match="a datasets.Dataset; here it is NoneType"):
         MRPFTrainer(model, quick(tmp_path)).prune()
+    for wrong in (0.5, "plan.json"):
+        with pytest.raises(ValueError, match=rf"plan is {wrong!r}; give a PruningPlan .*MRPFConfig\(target=...\)"):
+            MRPFTrainer(model, quick(tmp_path), data.train).prune(wrong)
+    for models in ({"model_init": lambda: model}, {"model": model, "model_init": lambda: model}, {}):
+        with pytest.raises(ValueError, match="takes no model_init: that would build the dense model anew"):
+            MRPFTrainer(args=quick(tmp_path), train_dataset=data.train, **models)
     with pytest.raises(ValueError, match="needs an MRPFConfig"):
         MRPFTrainer(model, {"output_dir": str(tmp_path)}, data.train)
 
@@ -373,6 +379,47 @@ def test_numbered_labels_may_leave_the_highest_classes_out_but_not_go_beyond(tmp
         MRPFTrainer(model, quick(tmp_path), numbered(9), numbered(8, num_classes=9))
 
 
+def named(*names: str) -> Dataset:
+    values = np.zeros((20, 3, 16, 16), np.uint8)
+    features = Features(pixel_values=Array3D((3, 16, 16), "uint8"), labels=ClassLabel(names=list(names)))
+    return Dataset.from_dict({"pixel_values": values, "labels": [0, 1] * 10}, features=features)
+
+
+def test_the_data_set_and_the_model_name_the_classes_alike(tmp_path):
+    def build(**labels):
+        return PrunedForImageClassification.from_backbone(
+            "timm/resnet18", image_size=16, small_images=True, **NARROW, **labels
+        )
+
+    dog_first = build(id2label={0: "dog", 1: "cat"})
+    message = r"Class 0 is 'dog' for the model and 'cat' in the data set.*align_labels_with_mapping"
+    for splits in (
+        (named("cat", "dog"),),
+        (named("dog", "cat"), named("cat", "dog")),
+        (named("dog", "cat"), {"a": named("cat", "dog")}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            MRPFTrainer(dog_first, quick(tmp_path), *splits)
+    with pytest.raises(ValueError, match=message):
+        MRPFTrainer(dog_first, quick(tmp_path)).evaluate(named("cat", "dog"))
+    for model, data in (
+        (dog_first, named("dog", "cat")),
+        (dog_first, named("cat", "dog").align_labels_with_mapping(dog_first.config.label2id, "labels")),
+        (dog_first, named("0", "1")),
+        (build(id2label={0: "0", 1: "1"}), named("cat", "dog")),
+    ):
+        names = dict(model.config.id2label)
+        MRPFTrainer(model, quick(tmp_path), data, data)
+        assert model.config.id2label == names
+    unnamed = build(num_labels=2)
+    MRPFTrainer(unnamed, quick(tmp_path), None, named("cat", "dog"))
+    assert unnamed.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
+    MRPFTrainer(unnamed, quick(tmp_path), named("cat", "dog"))
+    assert (unnamed.config.id2label, unnamed.config.label2id) == ({0: "cat", 1: "dog"}, {"cat": 0, "dog": 1})
+    with pytest.raises(ValueError, match="Class 0 is 'cat' for the model and 'dog'"):
+        MRPFTrainer(build(num_labels=2), quick(tmp_path), named("cat", "dog"), named("dog", "cat"))
+
+
 @pytest.mark.parametrize(("normalised", "steps"), [(True, 2), (False, 4)], ids=["BatchNorm", "none"])
 def test_a_last_batch_of_one_image_is_left_out_where_batchnorm_cannot_train_on_it(
     tmp_path, data, caplog, normalised, steps
@@ -434,6 +481,7 @@ def test_an_evaluation_before_training_does_not_mark_the_model_as_prepared(tmp_p
         ({"sensitivity_steps": 3, "sensitivity_method": "first_order"}, r"goes with ascent or exact only"),
         ({"seed": -1}, r"seed=-1 must be at least 0"),
         ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor=0.1 would change nothing: each objective"),
+        ({"remove_unused_columns": True}, r"remove_unused_columns=True would take away columns"),
         ({"bf16_full_eval": True}, r"bf16_full_eval would .*evaluation and pruning are in float32 here"),
         ({"fp16_full_eval": True}, r"fp16_full_eval would .*evaluation and pruning are in float32 here"),
         ({"optim": "adam", "optim_args": "momentum=0.9"}, r"optim_args='momentum=0.9' do not fit optim 'adam'"),

@@ -1,0 +1,73 @@
+"""A Trainer whose optimizer is that of the model as it now is: pruning puts other parameters in place of the old."""
+
+from typing import Any, NoReturn, cast
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from .config import MRPFConfig, adam_arguments
+from .resumable import ResumableTrainer
+
+
+class OptimizingTrainer(ResumableTrainer):
+    """`Trainer` that makes its optimizer afresh where the model was pruned since; its arguments are `Trainer`'s."""
+
+    args: MRPFConfig
+
+    @property
+    def _made_own_optimizer(self) -> bool:
+        return self.__dict__.get("_own_optimizer", False)
+
+    def create_optimizer(self, *args, **kwargs):
+        """As in `Trainer`."""
+        self._own_optimizer = self.optimizer is None or self._made_own_optimizer
+        return super().create_optimizer(*args, **kwargs)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args, model=None):
+        """As in `Trainer`; `"adam"` is `torch.optim.Adam`."""
+        if args.optim == "adam":
+            return torch.optim.Adam, adam_arguments(args)
+        return Trainer.get_optimizer_cls_and_kwargs(args, model)
+
+    def _prepare_for_training(self, *args, **kwargs):
+        # An evaluation before training marks the bare model as prepared, and DDP would then silently be left out.
+        model = self._without_autocast()
+        model.__dict__.pop("_is_accelerate_prepared", None)
+        if self.optimizer is not None and self._optimises_others():
+            if not self._made_own_optimizer:
+                self._refuse_optimizer()
+            self._start_afresh(model)
+        return super()._prepare_for_training(*args, **kwargs)
+
+    def _optimises_others(self) -> bool:
+        """Whether the model was pruned, say by `compress`, since the optimizer was made: neither has the other's."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # they give it parameters of their own
+            return False
+        own, optimizer = list(self.accelerator.unwrap_model(self.model).parameters()), cast(Any, self.optimizer)
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        missing = any(parameter.requires_grad and id(parameter) not in held for parameter in own)
+        # One that was given may hold less than the model, or more.
+        return missing and not held <= {id(parameter) for parameter in own}
+
+    def _refuse_optimizer(self) -> NoReturn:
+        raise ValueError(
+            "The model was pruned after the optimizer was made, which would go on with the weights of before. Use "
+            "trainer.prune(plan) before a training or between two, with a trainer that was given no optimizer."
+        )
+
+    def _start_afresh(self, model: nn.Module) -> None:
+        """Forgets everything that points at the parameters before pruning: they are no longer the model's."""
+        self.model = self.model_wrapped = model
+        self.optimizer = self.lr_scheduler = None
+        self._created_lr_scheduler = False
+        for name in ("model", "optimizer", "lr_scheduler"):
+            setattr(self.callback_handler, name, getattr(self, name))
+        self.accelerator.free_memory()
+
+    def training_step(self, *args, **kwargs):
+        """As in `Trainer`; a ValueError where a callback has pruned the model under its optimizer."""
+        if self.optimizer is None or self._optimises_others():
+            self._refuse_optimizer()
+        return super().training_step(*args, **kwargs)
