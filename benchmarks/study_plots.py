@@ -12,6 +12,7 @@ from study_tables import (
     Place,
     Row,
     differences,
+    headroom_rows,
     interval,
     mean_robust,
     of,
@@ -38,7 +39,7 @@ def headroom(rows: list[Row], places: list[Place]) -> Figure | None:
     columns = []
     for place in places:
         for steps in STEPS:
-            mine = select(of(rows, place), phase="headroom", steps=steps)
+            mine = headroom_rows(rows, place, steps)
             names = sorted({row["allocation"] for row in mine} - {"uniform"})
             if names and select(mine, allocation="uniform"):
                 level = mean_robust(mine, "uniform")

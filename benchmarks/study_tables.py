@@ -100,9 +100,16 @@ def holm(values: dict[str, float]) -> dict[str, float]:
     return corrected
 
 
+def headroom_rows(rows: list[Row], place: Place, steps: int) -> list[Row]:
+    """Random allocations and `uniform` with the seeds that all of them have; nothing where there are none."""
+    mine = select(of(rows, place), phase="headroom", steps=steps)
+    seeds = [by_seed(select(mine, allocation=name)).keys() for name in {row["allocation"] for row in mine}]
+    return select(mine, seed=tuple(set.intersection(*map(set, seeds)))) if seeds else []
+
+
 def headroom_row(rows: list[Row], place: Place, steps: int) -> list[Any] | None:
     """What random allocations spread beyond seeds, and what the best of them is worth with fresh seeds."""
-    mine = select(of(rows, place), phase="headroom", steps=steps)
+    mine = headroom_rows(rows, place, steps)
     names = sorted({row["allocation"] for row in mine} - {"uniform"})
     found = {name: list(by_seed(select(mine, allocation=name)).values()) for name in ("uniform", *names)}
     if not names or not found["uniform"]:
