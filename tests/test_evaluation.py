@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from torch import nn
@@ -454,7 +455,9 @@ def test_evaluation_is_in_float32_wherever_accelerate_has_put_its_autocast():
     network = nn.Sequential(Watched(3, 4, 3), nn.Flatten(), nn.LazyLinear(2))
     images, labels = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 0, 1])
     network(images)
+    AcceleratorState._reset_state(True)  # another test of this process may have left one
     prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare(network)
+    AcceleratorState._reset_state(True)
     for model in (prepared, nn.Sequential(prepared)):
         seen.clear()
         report = evaluate_robustness(model, (images, labels), ["pgd20"])
