@@ -91,12 +91,18 @@ class AttackConfig:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits `[N, C]` of a model's output: the tensor itself, or its `.logits`."""
+    """
+    The logits `[N, C]` of a model's output: the tensor itself, or its `.logits`.
+
+    Those of one image may have lost their first dimension, as by a `squeeze()`.
+    """
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise ValueError(
             f"the model returned {type(output).__name__}; it must return a tensor of logits or an output with .logits."
         )
+    if logits.ndim == 1:
+        return logits[None]
     if logits.ndim != 2:
         raise ValueError(f"the model's logits have shape {list(logits.shape)}; [N, classes] is needed.")
     return logits

@@ -56,7 +56,7 @@ def attacked_batches(
     for images, labels in sets:
         if classes is None and len(images):
             classes = _number_of_classes(model, images, attack)
-        if classes is not None and int(labels.max()) >= classes:
+        if classes is not None and len(labels) and int(labels.max()) >= classes:
             raise ValueError(f"a label is {int(labels.max())}; the model knows the classes 0 to {classes - 1}.")
         mine = processes.share(len(images))
         position = first + mine.start

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attacks import AttackConfig, check_attack, logits_of
+from .class_names import model_class_names
 from .fingerprint import weights_sha256
 from .folding import fast_layout
 from .indexed_images import count_images, indexed_batches, pools
@@ -142,7 +143,7 @@ def evaluate_robustness(
             where = images.to(weight.device), labels.to(weight.device)
             return _clean_answers(network, *where, indices, gradient=bool(names))
 
-        for pool in pools(indexed_batches(data, num_samples, seed, batch_size, image_size, _class_names(model))):
+        for pool in pools(indexed_batches(data, num_samples, seed, batch_size, image_size, model_class_names(model))):
             _add_to(fingerprint, pool.indices, pool.images, pool.labels)
             everything = range(len(pool.keys))
             answers = known.settle("clean", pool, everything, clean)
@@ -189,13 +190,6 @@ def _known_attacks(attacks: Sequence[str]) -> list[str]:
     if unknown := [name for name in attacks if name not in ATTACKS]:
         raise ValueError(f"Unknown attacks {', '.join(map(repr, unknown))}; known: {', '.join(ATTACKS)}.")
     return [name for name in dict.fromkeys(attacks) if ATTACKS[name]]
-
-
-def _class_names(model: nn.Module) -> list[str] | None:
-    """The names of the classes in the model's config; None where it names none."""
-    named = getattr(getattr(model, "config", None), "id2label", None)
-    names = [str(name) for _, name in sorted(named.items())] if isinstance(named, dict) else []
-    return None if names == [f"LABEL_{index}" for index in range(len(names))] else names
 
 
 def _in_float32(model: nn.Module) -> nn.Module:

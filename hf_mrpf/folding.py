@@ -34,7 +34,8 @@ class _Known(NamedTuple):
     modules: list[nn.Module]
     pairs: list[Pair]
     takes_channels_last: bool
-    flags: list[Any]
+    flags: dict[tuple[int, str], Any]
+    unsteady: set[tuple[int, str]]  # flags that a pass changes
 
 
 # Weak keys: what is known of a network ends with it. Its root is in no value, or it never would.
@@ -84,10 +85,9 @@ def _known(model: nn.Module, images: Tensor) -> _Known:
     """What a pass of one image shows of a network; of a compiled one there is nothing to be known."""
     modules = list(model.modules())
     if not len(images) or any(map(is_compiled, modules)):
-        return _Known([], [], True, [])
-    known, flags, modules = _KNOWN.get(model), _flags(modules), modules[1:]
-    # By identity: a module that was exchanged may have been one of a pair.
-    if known is not None and list(map(id, known.modules)) == list(map(id, modules)) and known.flags == flags:
+        return _Known([], [], True, {}, set())
+    known, flags, everything, modules = _KNOWN.get(model), _flags(modules), modules, modules[1:]
+    if known is not None and _is_unchanged(known, modules, flags):
         return known
     image, takes = images[:1], True
     try:
@@ -101,15 +101,28 @@ def _known(model: nn.Module, images: Tensor) -> _Known:
         norms = sum(_name(module) in NORMS for module in modules)
         level = logging.DEBUG if len(pairs) == norms else logging.INFO
         LOGGER.log(level, "%d of %d BatchNorm layers are folded into convolutions during attacks.", len(pairs), norms)
-    _KNOWN[model] = _Known(modules, pairs, takes, flags)
+    after = _flags(everything)
+    unsteady = {key for key in flags.keys() | after.keys() if flags.get(key) != after.get(key)}
+    unsteady |= known.unsteady if known is not None else set()
+    steady = {key: value for key, value in flags.items() if key not in unsteady}
+    _KNOWN[model] = _Known(modules, pairs, takes, steady, unsteady)
     return _KNOWN[model]
 
 
-def _flags(modules: Iterable[nn.Module]) -> list[Any]:
+def _is_unchanged(known: _Known, modules: Sequence[nn.Module], flags: dict[tuple[int, str], Any]) -> bool:
+    # By identity: a module that was exchanged may have been one of a pair.
+    same = list(map(id, known.modules)) == list(map(id, modules))
+    return same and {key: value for key, value in flags.items() if key not in known.unsteady} == known.flags
+
+
+def _flags(modules: Iterable[nn.Module]) -> dict[tuple[int, str], Any]:
     """Switches that may decide what a forward does, of all modules; not their mode."""
-    plain = (bool, str)  # numbers may be counts of passes
-    values = (item for module in modules for item in vars(module).items())
-    return [value for name, value in values if type(value) in plain and name != "training"]
+    return {
+        (number, name): value
+        for number, module in enumerate(modules)
+        for name, value in vars(module).items()
+        if type(value) in (bool, str) and name != "training"  # numbers may be counts of passes
+    }
 
 
 def _pairs(model: nn.Module, modules: list[nn.Module], image: Tensor) -> list[Pair]:

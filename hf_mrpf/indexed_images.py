@@ -8,11 +8,16 @@ import torch
 from torch import Tensor
 
 from .attacks import check_pixels
+from .class_names import check_class_names
 from .data import as_pixel_dataset, batches, stratified_order
 from .fingerprint import images_sha256
 from .pixels import own_class_names
 
 _KINDS = "give (images, labels) tensors, one split of a data set (such as ImageData.test), or batches of such tensors"
+_ALIGN = (
+    "figures of other classes, or of the same in another order, mean nothing. Give the data set of the model, or "
+    "number its labels as the model does: dataset.align_labels_with_mapping(model.config.label2id, column)."
+)
 # Of pixels that are held at a time: every image of CIFAR-10's test set, or 400 of 224 pixels.
 POOL_BYTES = 2**28
 
@@ -59,8 +64,7 @@ def indexed_batches(
     """
     Yield `(indices in data, float32 images, int64 labels)`, checked.
 
-    Where `class_names` are given, a `datasets.Dataset` whose labels have names must have these, in this order; it may
-    lack the last ones.
+    A `datasets.Dataset` must have the `class_names` that are given, as [`check_class_names`] says.
     """
     for indices, images, labels in _raw_batches(data, num_samples, seed, batch_size, image_size, class_names):
         check_pixels(images)
@@ -93,8 +97,7 @@ def _raw_batches(
         raise ValueError(f"data holds several splits ({', '.join(map(str, data))}); hand over one of them.")
     if isinstance(data, Dataset):
         pixels = as_pixel_dataset(data, image_size)
-        if class_names is not None and (own := own_class_names(pixels)) is not None:
-            _check_names(own, class_names)
+        check_class_names(class_names, own_class_names(pixels), _ALIGN)
         order = stratified_indices(pixels["labels"][:], num_samples, seed)
         starts = range(0, len(order), batch_size)
         for start, (images, labels) in zip(starts, batches(pixels, batch_size, order), strict=True):
@@ -153,19 +156,6 @@ def count_images(data: Any, num_samples: int | None) -> int | None:
 
 def _is_batch(data: Any) -> bool:
     return isinstance(data, Mapping) and all(isinstance(data.get(key), Tensor) for key in ("pixel_values", "labels"))
-
-
-def _check_names(own: Sequence[str], needed: Sequence[str]) -> None:
-    """Refuse (ValueError) a data set whose class indices mean other classes than those of the model."""
-    advice = (
-        "figures of other classes, or of the same in another order, mean nothing. Give the data set of the model; if "
-        "its classes have other names there, give images and labels as tensors."
-    )
-    for index, (found, name) in enumerate(zip(own, needed, strict=False)):
-        if found != name:
-            raise ValueError(f"class {index} is {found!r} in data and {name!r} in the model: {advice}")
-    if len(own) > len(needed):
-        raise ValueError(f"data has {len(own)} classes, and the model the first {len(needed)} of them: {advice}")
 
 
 def _is_pair(data: Any) -> bool:

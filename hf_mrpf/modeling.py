@@ -7,8 +7,10 @@ import copy
 import difflib
 import inspect
 import json
+import logging
 import math
 import reprlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -59,6 +61,7 @@ _RECIPE_FIELDS: dict[str, dict[str, type]] = {"timm": {"name": str, "kwargs": di
 # Wrappers of other libraries' checkpoints: their configs name files and repositories.
 _REFUSED_MODEL_TYPES = ("mrpf", "timm_wrapper")
 _ABSENT = object()
+_LOGGER = logging.getLogger("hf_mrpf")
 _NEW_HEAD = "load it as it is and give it a new head by hf_mrpf.with_new_head(model, id2label)"
 # Of what config.json holds; higher ones are not read.
 FORMAT = 1
@@ -255,7 +258,7 @@ class PrunedForImageClassification(PreTrainedModel):
                 Number of classes. Defaults to `id2label`'s, then to the backbone's own; a different number means a
                 new, random head.
             id2label (`dict[int, str]` or `list[str]`, *optional*):
-                Name of each class, all of them different; classes are numbered from 0.
+                Name of each class; classes are numbered from 0.
             image_size (`int`, *optional*):
                 Height and width in pixels. Defaults to the backbone's own, 224 where it has none.
             small_images (`bool`, *optional*, defaults to `False`):
@@ -499,15 +502,13 @@ def _check_same_network(dense: nn.Module, model: PrunedForImageClassification) -
 
 def _difference(dense: nn.Module, network: nn.Module) -> str | None:
     """The first module that is not as the recipe builds it, and how."""
-    wanted, found = dict(dense.named_modules()), dict(network.named_modules())
-    if list(wanted) != list(found):
-        for name in (*found, *wanted):
-            if (name in found) != (name in wanted):
-                place, other = ("backbone", "recipe") if name in found else ("recipe", "backbone")
-                return f"{_full_name(name)} is in the {place} and not in the {other}"
-        return "the modules of the backbone have another order than those of the recipe"
+    wanted, found = _working(dense), _working(network)
+    for name in (*found, *wanted):
+        if (name in found) != (name in wanted):
+            here, there = ("backbone", "recipe") if name in found else ("recipe", "backbone")
+            return f"{_full_name(name)} is in the {here} and not in the {there}"
     for name, module in found.items():
-        other = wanted[name]
+        other: Any = wanted[name]
         if _kind(module) is not _kind(other) and not _is_synchronised(module, other):
             return f"{_full_name(name)} is a {type(module).__name__}, and the recipe builds a {type(other).__name__}"
         for key in sorted(_settings(module) | _settings(other)):
@@ -523,6 +524,16 @@ def _difference(dense: nn.Module, network: nn.Module) -> str | None:
     return None
 
 
+def _working(network: nn.Module) -> dict[str, nn.Module]:
+    """The modules by name, but for those that do nothing, or do nothing outside of training."""
+    idle = (nn.Identity, nn.modules.dropout._DropoutNd)
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if not isinstance(module, idle) and type(module).__name__ != "DropPath"
+    }
+
+
 def _kind(module: nn.Module) -> type:
     """The class of a module; FSDP puts one of its own before it."""
     return next(kind for kind in type(module).__mro__ if not kind.__module__.startswith("torch.distributed"))
@@ -530,13 +541,14 @@ def _kind(module: nn.Module) -> type:
 
 def _is_synchronised(module: nn.Module, other: nn.Module) -> bool:
     plain = type(other) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-    return plain and type(module) is nn.SyncBatchNorm
+    # timm's has an activation of its own, which torch's converter would drop.
+    timm = type(module).__name__, type(other).__name__
+    return (plain and type(module) is nn.SyncBatchNorm) or timm == ("SyncBatchNormAct", "BatchNormAct2d")
 
 
 def _settings(module: nn.Module) -> set[str]:
     """Names of the plain values that say what a module computes, other than sizes."""
-    rate = {"p"} if isinstance(module, nn.modules.dropout._DropoutNd) else set()
-    names = vars(module).keys() - SIZE_ATTRIBUTES - _WITHOUT_EFFECT - rate
+    names = vars(module).keys() - SIZE_ATTRIBUTES - _WITHOUT_EFFECT
     return {name for name in names if not name.startswith("_") and "drop" not in name and _is_plain(vars(module)[name])}
 
 
@@ -580,7 +592,7 @@ def with_new_head(
         model ([`PrunedForImageClassification`]):
             The trained model; it is left as it is.
         id2label (`dict[int, str]` or `list[str]`):
-            Name of each class, all of them different; classes are numbered from 0.
+            Name of each class; classes are numbered from 0.
 
     Returns:
         [`PrunedForImageClassification`] on the same device and in the same mode, pruned as `model` is.
@@ -745,8 +757,9 @@ def _checked_names(id2label: Any) -> dict[int, str]:
     if isinstance(id2label, str):
         raise ValueError(f"id2label must be a list or a dict of names, got {id2label!r}")
     _check_numbered(names)
-    if twice := [name for index, name in names.items() if name in list(names.values())[:index]]:
-        raise ValueError(f"id2label has the name {twice[0]!r} twice: give each class a name of its own")
+    if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
+        # As ImageNet has two kinds of crane.
+        _LOGGER.warning("id2label has the name %r more than once: label2id tells only the last of these.", twice[0])
     return dict(sorted(names.items()))
 
 
@@ -992,7 +1005,10 @@ def _check_loaded(model: PrunedForImageClassification, info: dict[str, Any], sou
 
 def _check_values(model: PrunedForImageClassification, holds: Callable[[str], str]) -> None:
     for key, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not tensor.is_meta and tensor.isnan().any():
+        # All processes would have to look at a tensor that is shared out among them.
+        if hasattr(tensor, "to_local") or tensor.is_meta:
+            continue
+        if tensor.is_floating_point() and tensor.isnan().any():
             raise ValueError(f"{holds(key)} NaN in {key!r}")
     for name in ("image_mean", "image_std"):
         buffer = getattr(model, name)

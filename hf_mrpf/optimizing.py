@@ -1,5 +1,6 @@
 """A Trainer whose optimizer is that of the model as it now is: pruning puts other parameters in place of the old."""
 
+import weakref
 from typing import Any, NoReturn, cast
 
 import torch
@@ -14,6 +15,10 @@ class OptimizingTrainer(ResumableTrainer):
     """`Trainer` that makes its optimizer afresh where the model was pruned since; its arguments are `Trainer`'s."""
 
     args: MRPFConfig
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self._remember(self.accelerator.unwrap_model(self.model))
 
     @property
     def _made_own_optimizer(self) -> bool:
@@ -39,17 +44,21 @@ class OptimizingTrainer(ResumableTrainer):
             if not self._made_own_optimizer:
                 self._refuse_optimizer()
             self._start_afresh(model)
+        self._remember(model)
         return super()._prepare_for_training(*args, **kwargs)
 
     def _optimises_others(self) -> bool:
-        """Whether the model was pruned, say by `compress`, since the optimizer was made: neither has the other's."""
+        """Whether the model was pruned, say by `compress`, since the optimizer was made: it holds what was replaced."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # they give it parameters of their own
             return False
-        own, optimizer = list(self.accelerator.unwrap_model(self.model).parameters()), cast(Any, self.optimizer)
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        missing = any(parameter.requires_grad and id(parameter) not in held for parameter in own)
+        own = {id(parameter) for parameter in self.accelerator.unwrap_model(self.model).parameters()}
+        gone = {id(parameter) for seen in self._of_model if (parameter := seen()) is not None} - own
         # One that was given may hold less than the model, or more.
-        return missing and not held <= {id(parameter) for parameter in own}
+        groups = cast(Any, self.optimizer).param_groups
+        return any(id(parameter) in gone for group in groups for parameter in group["params"])
+
+    def _remember(self, model: nn.Module) -> None:
+        self._of_model = [weakref.ref(parameter) for parameter in model.parameters()]
 
     def _refuse_optimizer(self) -> NoReturn:
         raise ValueError(
@@ -59,6 +68,7 @@ class OptimizingTrainer(ResumableTrainer):
 
     def _start_afresh(self, model: nn.Module) -> None:
         """Forgets everything that points at the parameters before pruning: they are no longer the model's."""
+        self._remember(model)
         self.model = self.model_wrapped = model
         self.optimizer = self.lr_scheduler = None
         self._created_lr_scheduler = False

@@ -11,6 +11,7 @@ from transformers.trainer_utils import has_length
 
 from .attacks import logits_of
 from .batchnorm import has_batchnorm
+from .class_names import check_class_names, model_class_names
 from .config import MRPFConfig
 from .loader import PixelRows, as_float, batches, collate_pixels, with_index
 from .modes import eval_mode
@@ -18,6 +19,11 @@ from .pixels import as_pixel_dataset, own_class_names
 from .publishing import PublishingTrainer
 
 LOGGER = logging.getLogger("hf_mrpf")
+RENUMBER = (
+    "it would be trained to misname them. Number the labels as the model does, by "
+    "dataset.align_labels_with_mapping(model.config.label2id, column), or build the model with "
+    "id2label=dict(enumerate(names of the data set))."
+)
 
 
 class PixelTrainer(PublishingTrainer):
@@ -35,7 +41,7 @@ class PixelTrainer(PublishingTrainer):
     ):
         self._image_size = getattr(getattr(model, "config", None), "image_size", None)
         self._num_labels = getattr(getattr(model, "config", None), "num_labels", None)
-        self._class_names = _class_names(model)
+        self._class_names = model_class_names(model)
         with args.main_process_first(desc="decoding of images"):  # the others find them in the cache
             train_dataset = self._pixels(train_dataset)
             if isinstance(train_dataset, Dataset) and not self._class_names:
@@ -63,7 +69,7 @@ class PixelTrainer(PublishingTrainer):
                 f"The data set has {classes} classes and the model {self._num_labels}; "
                 f"build the model with num_labels={classes}."
             )
-        _check_names(self._class_names, pixels)
+        check_class_names(self._class_names, own_class_names(pixels), RENUMBER)
         return pixels
 
     def _indexed(self, dataset: Any) -> Any:
@@ -116,12 +122,6 @@ class PixelTrainer(PublishingTrainer):
         return super().get_test_dataloader(self._indexed(test_dataset))
 
 
-def _class_names(model: nn.Module) -> list[str] | None:
-    """The names that the config of a model has for its classes, in their order; None where it has none of its own."""
-    names = [str(name) for _, name in sorted((getattr(getattr(model, "config", None), "id2label", None) or {}).items())]
-    return None if names == [f"LABEL_{index}" for index in range(len(names))] else names
-
-
 def _name_classes(model: nn.Module, dataset: Dataset) -> list[str] | None:
     """Gives the config of a model that has no names of its classes those of the data set that it is trained on."""
     config: Any = getattr(model, "config", None)
@@ -129,21 +129,7 @@ def _name_classes(model: nn.Module, dataset: Dataset) -> list[str] | None:
     if names is not None and len(names) == getattr(config, "num_labels", None):
         config.id2label = dict(enumerate(names))
         config.label2id = {name: index for index, name in enumerate(names)}
-    return _class_names(model)
-
-
-def _check_names(known: list[str] | None, dataset: Dataset) -> None:
-    """Refuses a data set that numbers the classes otherwise than the model: it would be trained to misname them."""
-    names = own_class_names(dataset)
-    if not known or names is None or [str(index) for index in range(len(names))] in (known, names):
-        return
-    for index, (name, own) in enumerate(zip(known, names, strict=True)):
-        if name != own:
-            raise ValueError(
-                f"Class {index} is {name!r} for the model and {own!r} in the data set. Number the labels as the model "
-                "does, by dataset.align_labels_with_mapping(model.config.label2id, column), or build the model with "
-                "id2label=dict(enumerate(names of the data set))."
-            )
+    return model_class_names(model)
 
 
 def _check_classes(model: nn.Module, dataset: Dataset) -> None:

@@ -6,7 +6,7 @@ from numbers import Real
 
 from torch import nn
 
-from .sensitivity import unit_sensitivity
+from .sensitivity import SCORED_MODULES, unit_sensitivity
 from .units import PruningUnit, UnitGraph
 
 LOGGER = logging.getLogger("hf_mrpf")
@@ -27,14 +27,19 @@ def free_units(model: nn.Module, graph: UnitGraph, ignore: Sequence[str]) -> lis
             for unit in graph.units
             if any(f"{member}.".startswith((f"{name}.", f"{name}:")) for member in unit.members)
         }
-        if not inside:
+        if not inside and not (name and _holds_weights(model.get_submodule(name))):
             raise ValueError(
                 f"ignore names {name!r}, a {type(model.get_submodule(name)).__name__} without a member of a unit "
-                "inside, so that nothing would stay whole for it: name the layer that makes the channels (one that "
-                f"makes the logits is never pruned). Units: {', '.join(unit.name for unit in graph.units)}."
+                "inside, so that nothing would stay whole for it: name the layer that makes the channels. "
+                f"Units: {', '.join(unit.name for unit in graph.units)}."
             )
         whole |= inside
     return [unit for unit in graph.units if unit.name not in whole]
+
+
+def _holds_weights(module: nn.Module) -> bool:
+    """Whether a module without a unit is one that is never pruned, as what makes the logits."""
+    return any(isinstance(inside, SCORED_MODULES) for inside in module.modules())
 
 
 def check_reachable(graph: UnitGraph, options: Mapping[str, list[int]], target: float, metric: str) -> None:

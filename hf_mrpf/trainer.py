@@ -21,6 +21,7 @@ from .config import MRPFConfig
 from .data import calibration_batches, stratified_subset
 from .efficiency import count_macs, count_parameters
 from .loader import batches
+from .modeling import PrunedForImageClassification, describe_pruning
 from .objectives import Objective, ObjectiveOutput, get_objective
 from .optimizing import OptimizingTrainer
 from .pixels import own_class_names
@@ -101,6 +102,8 @@ class MRPFTrainer(OptimizingTrainer):
                 "train(), and what prune() did would be lost. Give model=model_init()."
             )
         check_finite_weights(model)
+        if isinstance(model, PrunedForImageClassification):
+            describe_pruning(model)  # what could not be saved is refused before it is trained
         if teacher is not None and teacher is model:
             raise ValueError("teacher is the model that is trained; give another one, or copy.deepcopy(model).")
         self.teacher = teacher if teacher is None else teacher.to(args.device)

@@ -142,7 +142,7 @@ def own_attack(arguments: argparse.Namespace) -> AttackConfig:
 
 def check_classes(model: PrunedForImageClassification, data: ImageData, arguments: argparse.Namespace) -> None:
     """Refuses a data set with other classes: its figures would mean nothing."""
-    known = [str(label) for _, label in sorted((model.config.id2label or {}).items())]
+    known = [str(label) for _, label in sorted((model.config.id2label or {}).items(), key=lambda item: int(item[0]))]
     unnamed = known == [f"LABEL_{index}" for index in range(len(known))]
     if len(known) != len(data.class_names) or not (unnamed or known == list(data.class_names)):
         raise ValueError(

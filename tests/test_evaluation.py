@@ -240,13 +240,17 @@ def test_classes_of_a_data_set_must_be_those_of_the_model():
     model = _small_net()
     model.config = SimpleNamespace(id2label={4: "e", 0: "a", 1: "b", 2: "c", 3: "d"})
     for names, message in (
-        (["b", "a", "c", "d", "e"], "class 0 is 'b' in data and 'a' in the model"),
-        (["a", "b", "x"], "class 2 is 'x' in data and 'c' in the model"),
-        (["a", "b", "c", "d", "e", "f"], "data has 6 classes, and the model the first 5 of them"),
+        (["b", "a", "c", "d", "e"], "class 0 is 'a' for the model and 'b' in the data set"),
+        (["a", "b", "x"], "class 2 is 'c' for the model and 'x' in the data set"),
+        (["a", "b", "c", "d", "e", "f"], "the data set has 6 classes, and the model the first 5"),
     ):
         with pytest.raises(ValueError, match=message):
             evaluate_robustness(model, _named(names), "clean")
-    assert evaluate_robustness(model, _named(["a", "b"]), "clean").num_samples == 2
+    for names in (["a", "b"], ["A", " b"], ["0", "1"]):
+        assert evaluate_robustness(model, _named(names), "clean").num_samples == 2
+    twelve = [f"c{index}" for index in range(12)]
+    model.config.id2label = {str(index): name for index, name in enumerate(twelve)}  # as JSON has them
+    assert evaluate_robustness(model, _named(twelve), "clean").num_samples == 12
     # Names that were made up tell nothing.
     numbered = _named(["b", "a"]).cast_column("label", Value("int64"))
     assert evaluate_robustness(model, numbered, "clean").num_samples == 2

@@ -215,6 +215,18 @@ def test_a_flag_that_was_set_since_is_noticed():
     assert learnt(net) == 0
 
 
+def test_a_flag_that_every_pass_changes_does_not_have_each_attack_look_again():
+    def toggles(net, images, written):
+        net.odd, net.passes = not net.odd, net.passes + 1
+        return 0
+
+    net = randomised(Reads(toggles))
+    net.odd, net.passes = False, 0
+    for _ in range(4):
+        assert learnt(net) == 1
+    assert net.passes == 1
+
+
 def test_a_norm_that_stays_in_training_is_not_folded():
     net = randomised(block())
     net[1].train = lambda mode=True: net[1]

@@ -16,6 +16,7 @@ FLOORS = {
     "prefix": 0,
     "attacks": 0,
     "modes": -1,
+    "class_names": 0,
     "rules": -1,
     "controls": -0.5,
     "isomorphic": -0.5,

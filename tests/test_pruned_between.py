@@ -75,7 +75,9 @@ def test_pruning_under_an_optimizer_in_use_or_given_is_refused(tmp_path, data, e
     with pytest.raises(ValueError, match=r"pruned after the optimizer was made.*Use trainer.prune\(plan\) before"):
         MRPFTrainer(model(), args, data.train, callbacks=[Prunes(event)]).train()
     network = model()
-    optimizer = torch.optim.SGD(network.backbone.layer1.parameters(), lr=0.1)  # a part of the model is no fault
+    # A part of the model is no fault, nor is something else beside it.
+    held = [*network.backbone.layer1.parameters(), torch.nn.Parameter(torch.zeros(1))]
+    optimizer = torch.optim.SGD(held, lr=0.1)
     trainer = MRPFTrainer(network, args, data.train, optimizers=(optimizer, None))
     trainer.train()
     prune(network, uniform(network))
@@ -135,3 +137,10 @@ def test_a_best_checkpoint_that_a_later_training_wrote_over_is_not_loaded(interr
     (copied / "checkpoint-2" / "complete.json").write_text('{"files": {}}')
     trainer = resumed(copied, model(), data, str(copied / "checkpoint-2"))
     assert trainer.state.best_model_checkpoint is None
+
+
+def test_what_could_not_be_saved_is_not_trained(tmp_path, data):
+    network = model()
+    network.backbone.act1 = torch.nn.SiLU()
+    with pytest.raises(ValueError, match="act1 is a SiLU, and the recipe builds a ReLU"):
+        MRPFTrainer(network, quick(tmp_path, **STANDARD), data.train)

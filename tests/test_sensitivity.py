@@ -12,6 +12,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_mrpf.attacks import AttackConfig, keyed_start, pgd_attack
+from hf_mrpf.calibration import attacked_batches
 from hf_mrpf.sensitivity import (
     METHODS,
     SensitivityResult,
@@ -613,6 +614,23 @@ def test_images_come_in_the_precision_of_the_weights_and_half_precision_is_measu
     scores = module_robustness_sensitivity(half, batches, ATTACK)
     assert next(half.parameters()).dtype == torch.bfloat16
     assert dict(scores) == dict(module_robustness_sensitivity(net.float(), batches, ATTACK))
+
+
+class Squeezes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+    def forward(self, pixels):
+        return self.fc(F.adaptive_avg_pool2d(self.convolution(pixels).relu(), 1).squeeze())
+
+
+def test_a_network_that_squeezes_and_a_set_without_images():
+    found = module_robustness_sensitivity(Squeezes(), calibration(), ATTACK)
+    assert set(found) == {"convolution", "fc"} and min(found.values()) > 0
+    (images, labels), *_ = calibration()
+    parts = list(attacked_batches(Squeezes(), [(images, labels), (images[:0], labels[:0])], ATTACK))
+    assert [len(part.labels) for part in parts] == [24]
 
 
 def test_transposed_convolutions_are_scored():

@@ -392,7 +392,7 @@ def test_the_data_set_and_the_model_name_the_classes_alike(tmp_path):
         )
 
     dog_first = build(id2label={0: "dog", 1: "cat"})
-    message = r"Class 0 is 'dog' for the model and 'cat' in the data set.*align_labels_with_mapping"
+    message = r"class 0 is 'dog' for the model and 'cat' in the data set.*align_labels_with_mapping"
     for splits in (
         (named("cat", "dog"),),
         (named("dog", "cat"), named("cat", "dog")),
@@ -416,7 +416,7 @@ def test_the_data_set_and_the_model_name_the_classes_alike(tmp_path):
     assert unnamed.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
     MRPFTrainer(unnamed, quick(tmp_path), named("cat", "dog"))
     assert (unnamed.config.id2label, unnamed.config.label2id) == ({0: "cat", 1: "dog"}, {"cat": 0, "dog": 1})
-    with pytest.raises(ValueError, match="Class 0 is 'cat' for the model and 'dog'"):
+    with pytest.raises(ValueError, match="class 0 is 'cat' for the model and 'dog'"):
         MRPFTrainer(build(num_labels=2), quick(tmp_path), named("cat", "dog"), named("dog", "cat"))
 
 
