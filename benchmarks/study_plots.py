@@ -146,7 +146,9 @@ def on_test(rows: list[Row], places: list[Place], phase: str) -> Figure | None:
     if not found:
         return None
     arms = max(map(len, found.values()))
-    figure, axes = empty(len(found), width=1.2 + 4.8 * len(found), height=1.6 + 0.6 * arms)
+    columns = min(2, len(found))
+    lines = math.ceil(len(found) / columns)
+    figure, axes = empty(len(found), 1.2 + 4.8 * columns, (1.6 + 0.6 * arms) * lines, columns=columns)
     for panel, (place, gains) in zip(axes, found.items(), strict=True):
         for height, values in enumerate(gains.values()):
             mean, half, _ = interval(values)
