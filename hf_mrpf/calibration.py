@@ -55,7 +55,7 @@ def attacked_batches(
     processes, classes = processes or Processes(), None
     for images, labels in sets:
         if classes is None and len(images):
-            classes = _number_of_classes(model, images, attack)
+            classes = number_of_classes(model, images, attack)
         if classes is not None and len(labels) and int(labels.max()) >= classes:
             raise ValueError(f"a label is {int(labels.max())}; the model knows the classes 0 to {classes - 1}.")
         mine = processes.share(len(images))
@@ -71,9 +71,13 @@ def attacked_batches(
         first += len(images)
 
 
-def _number_of_classes(model: nn.Module, images: Tensor, attack: AttackConfig) -> int:
-    """Seen in a pass of one image; a label without a place among the logits would stop a GPU for good."""
+def number_of_classes(model: nn.Module, images: Tensor, attack: AttackConfig | None = None) -> int:
+    """
+    How many logits the model has, seen in a pass of the first image `[N, 3, H, W]`, in the dtype of the attack.
+
+    A label without a place among them would stop a GPU for good.
+    """
     check_pixels(images)
     image = placed(images[:1], model)
-    with telling_dtypes(model, image), computing_in(attack, image), eval_mode(model), torch.no_grad():
+    with telling_dtypes(model, image), computing_in(attack or AttackConfig(), image), eval_mode(model), torch.no_grad():
         return logits_of(model(image)).shape[1]

@@ -3,18 +3,16 @@
 import logging
 from typing import Any
 
-import torch
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import has_length
 
-from .attacks import logits_of
 from .batchnorm import has_batchnorm
+from .calibration import number_of_classes
 from .class_names import check_class_names, model_class_names
 from .config import MRPFConfig
 from .loader import PixelRows, as_float, batches, collate_pixels, with_index
-from .modes import eval_mode
 from .pixels import as_pixel_dataset, own_class_names
 from .publishing import PublishingTrainer
 
@@ -135,9 +133,7 @@ def _name_classes(model: nn.Module, dataset: Dataset) -> list[str] | None:
 def _check_classes(model: nn.Module, dataset: Dataset) -> None:
     """Refuses a network with fewer outputs than the data set has classes, before it fails in mid-training."""
     images, _ = next(iter(batches(dataset, 1)))
-    weight = next(model.parameters())
-    with eval_mode(model), torch.no_grad():
-        outputs = logits_of(model(images.to(weight.device, weight.dtype))).shape[1]
+    outputs = number_of_classes(model, images)
     classes = dataset.features["labels"].num_classes
     if outputs < classes:
         raise ValueError(f"The data set has {classes} classes and the model {outputs} outputs.")
