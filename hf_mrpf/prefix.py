@@ -55,11 +55,11 @@ class Prefix:
         weights = list(weights)
         if any(id(weight) in self._read for weight in weights):
             self.let_go()
-        watched = {module for module in self.model.modules() if module._forward_hooks}
-        watch = _Watch(weights, watched, self._level)
+        run = _modules_run(self.model, self._kept)
+        watch = _Watch(weights, {module for module in run if module._forward_hooks}, self._level)
         # Let go of as it is taken: what this object alone still holds is not needed any more.
         taken = {module: _emptied(outputs) for module, outputs in self._kept.items()}
-        with torch.no_grad(), _replayed(taken), _hooked(self.model, watch), watch, suppress(_WeightIsRead):
+        with torch.no_grad(), _replayed(taken), _hooked(run, watch), watch, suppress(_WeightIsRead):
             self.model(self.images)
         self._kept = watch.kept
         self._read = self._read | watch.parameters if watch.kept else set()
@@ -225,11 +225,22 @@ def _reference(leaf: Any, needed: bool) -> Callable[[], Any]:
     return lambda: empty if held() is None else held()
 
 
+def _modules_run(model: nn.Module, kept: Container[nn.Module]) -> set[nn.Module]:
+    """Those that a pass calls; what is inside of a kept one is left out, which runs again if it is called after all."""
+    found, left = set(), [model]
+    while left:
+        module = left.pop()
+        if module not in found:
+            found.add(module)
+            left += () if module in kept else module.children()
+    return found
+
+
 @contextmanager
-def _hooked(model: nn.Module, watch: _Watch) -> Iterator[None]:
+def _hooked(modules: Iterable[nn.Module], watch: _Watch) -> Iterator[None]:
     hooks = []
     try:
-        for module in model.modules():
+        for module in modules:
             hooks += [module.register_forward_pre_hook(watch.starts, with_kwargs=True)]
             hooks += [module.register_forward_hook(watch.ends, with_kwargs=True)]
         yield

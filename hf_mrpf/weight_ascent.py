@@ -44,6 +44,7 @@ class RobustLoss:
     backwards: int = 0
     prefixes: list[Prefix] = field(init=False)
     rehearsal: list[Prefix] = field(init=False)
+    rehearsed: Tensor | None = field(init=False, default=None)  # logits of the first of these, from a whole pass
 
     def __post_init__(self) -> None:
         # Not channels last as in an attack: there oneDNN's gradient of the weights of a strided 1x1 convolution of few
@@ -72,12 +73,41 @@ class RobustLoss:
             yield
 
     def _keep_before(self, weights: Sequence[nn.Parameter]) -> None:
-        agree = _passes_agree(self.rehearsal, weights)
+        agree = self._passes_agree(weights)
         for prefix in self.prefixes:
             if agree:
                 prefix.stop_before(weights)
             else:
                 prefix.let_go()
+
+    def _passes_agree(self, weights: Sequence[nn.Parameter]) -> bool:
+        """
+        Whether passes from the weights on give what a whole one gives, as single images show: they cost little.
+
+        A module may do more than return a value: leave something for another to find, or count its calls.
+        """
+        device = weights[0].device
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for prefix in self.rehearsal:
+                prefix.stop_before(weights)
+            prefix = self.rehearsal[0]
+            try:
+                # Twice, as what is kept must not change; after the other image, as nothing of that must be found.
+                kept = [logits_of(prefix()) for _ in range(2)]
+                reason = "gives other logits"
+            except Exception as error:  # whatever the network's own code raises where a part of it was left out
+                kept, reason = [], f"raises {type(error).__name__}"
+            # One whole pass serves every target: what is folded for each only changes the rounding.
+            if self.rehearsed is None or self.in_half:
+                self.rehearsed = logits_of(self.model(prefix.images))
+        if kept and all(_is_close(logits, self.rehearsed) for logits in kept):
+            return True
+        for prefix in self.rehearsal:
+            prefix.let_go()
+        LOGGER.info(
+            "Passes of this %s are whole ones: it %s without what comes first.", type(self.model).__name__, reason
+        )
+        return False
 
     def __call__(self, pieces: Sequence[Piece] = ()) -> tuple[float, list[Tensor]]:
         """The loss in nats and its gradient for each piece, 0 for one that the loss does not depend on."""
@@ -110,33 +140,6 @@ class RobustLoss:
         if not math.isfinite(total):
             raise ValueError("the robust loss is not finite; check the model's logits, or lower gamma.")
         return total / self.count, [gradients[id(piece.weight)][piece.rows] for piece in pieces]
-
-
-def _passes_agree(prefixes: Sequence[Prefix], weights: Sequence[nn.Parameter]) -> bool:
-    """
-    Whether passes from the weights on give what whole ones give, as single images show: they cost next to nothing.
-
-    A module may do more than return a value: leave something for another to find, or count its calls.
-    """
-    device = weights[0].device
-    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for prefix in prefixes:
-            prefix.stop_before(weights)
-        try:
-            # Twice, as what is kept must not change; after the other image, as nothing of that must be found.
-            kept = [logits_of(prefixes[0]()) for _ in range(2)]
-            reason = "gives other logits"
-        except Exception as error:  # whatever the network's own code raises where a part of it was left out
-            kept, reason = [], f"raises {type(error).__name__}"
-        whole = logits_of(prefixes[0].model(prefixes[0].images))
-    if kept and all(_is_close(logits, whole) for logits in kept):
-        return True
-    for prefix in prefixes:
-        prefix.let_go()
-    LOGGER.info(
-        "Passes of this %s are whole ones: it %s without what comes first.", type(prefixes[0].model).__name__, reason
-    )
-    return False
 
 
 def _is_close(one: Tensor, other: Tensor) -> bool:
