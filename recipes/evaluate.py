@@ -25,6 +25,7 @@ from transformers import HfArgumentParser
 from transformers.utils import cached_file
 
 from hf_mrpf import AttackConfig, PrunedForImageClassification
+from hf_mrpf.class_names import check_class_names, model_class_names
 from hf_mrpf.cli import DataArguments, load_data, number
 from hf_mrpf.console import quieten, report_errors
 from hf_mrpf.data import ImageData
@@ -142,13 +143,12 @@ def own_attack(arguments: argparse.Namespace) -> AttackConfig:
 
 def check_classes(model: PrunedForImageClassification, data: ImageData, arguments: argparse.Namespace) -> None:
     """Refuses a data set with other classes: its figures would mean nothing."""
-    known = [str(label) for _, label in sorted((model.config.id2label or {}).items(), key=lambda item: int(item[0]))]
-    unnamed = known == [f"LABEL_{index}" for index in range(len(known))]
-    if len(known) != len(data.class_names) or not (unnamed or known == list(data.class_names)):
+    advice = f"give {arguments.model} the data set that it was trained on."
+    if model.config.num_labels != len(data.class_names):
         raise ValueError(
-            f"{arguments.model} has the {len(known)} classes {', '.join(known[:5])}, ..., and {data.name} the "
-            f"{len(data.class_names)} classes {', '.join(data.class_names[:5])}, ...: give the data set of the model."
+            f"{arguments.model} has {model.config.num_labels} classes and {data.name} {len(data.class_names)}: {advice}"
         )
+    check_class_names(model_class_names(model), data.class_names, advice)
 
 
 def notes(report: RobustnessReport) -> list[str]:

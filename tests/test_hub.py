@@ -500,7 +500,7 @@ def test_evaluate_refuses_in_one_message(client, hub, saved, published):
     for arguments, message in (
         (["alice/unreachable"], "alice/unreachable could not be fetched: the connection to the Hub ended"),
         (["alice/no-such"], "alice/no-such"),
-        ([published, "--dataset_name", "digits"], "has the 3 classes a, b, c, ..., and digits the 10 classes"),
+        ([published, "--dataset_name", "digits"], "has 3 classes and digits 10"),
         ([published, "--norm", "l2"], "was not measured in this norm; give --eps, such as 0.5 at 32 pixels"),
         ([published, "--output", "/no/such/file.json"], "there is no such folder"),
     ):
