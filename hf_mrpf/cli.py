@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import HfArgumentParser, TrainingArguments
 
+from .class_names import check_class_names, model_class_names
 from .config import MRPFConfig
 
 if TYPE_CHECKING:  # what is wrong with an argument is said before these are loaded
@@ -115,6 +116,8 @@ class ModelArguments:
             _check_place(self.model_name_or_path)
         if self.backbone_kwargs is not None:
             _json_object(self.backbone_kwargs)
+        for name in ("control_epochs", "base_epochs"):
+            _check_epochs(name, getattr(self, name))
 
 
 @dataclass
@@ -142,8 +145,7 @@ class RoundArguments:
             )
         if self.pruning_rounds > 1 and self.recovery_epochs is None:
             self.recovery_epochs = RECOVERY_EPOCHS
-        if self.recovery_epochs is not None and not (math.isfinite(self.recovery_epochs) and self.recovery_epochs >= 0):
-            raise ValueError(f"--recovery_epochs {self.recovery_epochs} must be a number of epochs, at least 0.")
+        _check_epochs("recovery_epochs", self.recovery_epochs)
 
 
 @dataclass
@@ -169,8 +171,7 @@ class ControlArguments:
     def __post_init__(self) -> None:
         if self.report_split not in REPORT_SPLITS:
             raise ValueError(f"--report_split {self.report_split} is not known; give {' or '.join(REPORT_SPLITS)}.")
-        if not (math.isfinite(self.dense_epochs) and self.dense_epochs >= 0):
-            raise ValueError(f"--dense_epochs {self.dense_epochs} must be a number of epochs, at least 0.")
+        _check_epochs("dense_epochs", self.dense_epochs)
         if self.dense_epochs and not self.fresh_weights:
             raise ValueError(
                 f"--dense_epochs {self.dense_epochs:g} is the compute of a model that --fresh_weights trains again; "
@@ -189,6 +190,11 @@ class RunArguments:
     expected_world_size: int | None = field(
         default=None, metadata={"help": "Stop where the launcher started another number of processes."}
     )
+
+
+def _check_epochs(name: str, value: float | None) -> None:
+    if value is not None and not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"--{name} {value} must be a number of epochs, at least 0.")
 
 
 def number(text: str) -> float:
@@ -315,18 +321,12 @@ def build_model(arguments: ModelArguments, data: "ImageData") -> "PrunedForImage
             "--model_name_or_path is missing; give a timm name such as timm/resnet18, or a model's folder."
         )
     if config := own_config(name, arguments.model_revision):
-        classes = list((config.id2label or {}).values())
-        unnamed = classes == [f"LABEL_{index}" for index in range(len(classes))]
-        if len(classes) == len(data.class_names) and not (unnamed or classes == data.class_names):
-            raise ValueError(
-                f"{name} has the {len(classes)} classes {', '.join(classes[:4])}..., the data set the "
-                f"{len(data.class_names)} classes {', '.join(data.class_names[:4])}...; give a data set with the same "
-                "classes in the same order, or a backbone to train from scratch."
-            )
         model = PrunedForImageClassification.from_pretrained(name, revision=arguments.model_revision)
-        if len(classes) == len(data.class_names):
-            return model
-        return with_new_head(model, dict(enumerate(data.class_names)))
+        if config.num_labels != len(data.class_names):
+            return with_new_head(model, dict(enumerate(data.class_names)))
+        advice = f"give the data set that {name} was trained on, or a backbone to train from scratch."
+        check_class_names(model_class_names(model), data.class_names, advice)
+        return model
     kwargs = _json_object(arguments.backbone_kwargs) if arguments.backbone_kwargs else {}
     # Trained weights expect the normalisation they were trained with, fresh ones the data's own.
     fresh = starts_fresh(arguments)
@@ -341,6 +341,21 @@ def build_model(arguments: ModelArguments, data: "ImageData") -> "PrunedForImage
         revision=arguments.model_revision,
         **kwargs,
     )
+
+
+def check_comparable(model: "PrunedForImageClassification", dense: "PrunedForImageClassification", parent: str) -> None:
+    """
+    Refuse a dense model that does another job than `model`: figures of both side by side would mean nothing.
+
+    Raises:
+        ValueError: with image sizes and numbers of classes of both.
+    """
+    ours, theirs = ((other.config.image_size, other.config.num_labels) for other in (model, dense))
+    if ours != theirs:
+        raise ValueError(
+            f"{parent} takes images of {theirs[0]} pixels and has {theirs[1]} classes, the model {ours[0]} pixels and "
+            f"{ours[1]} classes: give the dense model that it was pruned from."
+        )
 
 
 def _check_place(name: str) -> None:

@@ -29,6 +29,10 @@ def _known(name: str, value: str, known: Any) -> None:
         raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(known)}.")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def adam_arguments(args: TrainingArguments) -> dict[str, Any]:
     """
     Keywords of `torch.optim.Adam`: those of `TrainingArguments`, and what `optim_args` change of them.
@@ -293,9 +297,14 @@ class MRPFConfig(TrainingArguments):
             "calibration_set_size": 1,
             "eval_num_steps": 1,
             "recalibration_samples": 0,
+            "crop_padding": 0,
+            "seed": 0,
+            "per_device_train_batch_size": 1,
+            "per_device_eval_batch_size": 1,
+            "gradient_accumulation_steps": 1,
         }.items():
             value = getattr(self, name)
-            if name == "round_to" and value == "auto":
+            if (name, value) in (("round_to", "auto"), ("crop_padding", None)):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 other = ", or auto" if name == "round_to" else ""
@@ -310,16 +319,18 @@ class MRPFConfig(TrainingArguments):
                 f"calibration_sets={self.calibration_sets}, and allocation 'damage' measures on some sets and decides "
                 "on another: give at least 2."
             )
-        if self.crop_padding is not None and self.crop_padding < 0:
-            raise ValueError(f"crop_padding={self.crop_padding} must be at least 0.")
         if self.sensitivity_steps is not None and (self.sensitivity_steps < 1 or METHODS[self.sensitivity_method] == 0):
             raise ValueError(
                 f"sensitivity_steps={self.sensitivity_steps} must be at least 1, and goes with ascent or exact only."
             )
-        if not (math.isfinite(self.gamma) and 0 <= self.gamma <= 1):
+        if not (_is_number(self.gamma) and 0 <= self.gamma <= 1):
             raise ValueError(f"gamma={self.gamma} must be in [0, 1]: a fraction of the norm of a module's weights.")
-        if not (math.isfinite(self.beta) and self.beta >= 0):
-            raise ValueError(f"beta={self.beta} must be a finite number, at least 0.")
+        for name in ("beta", "num_train_epochs"):
+            value = getattr(self, name)
+            if not (_is_number(value) and value >= 0):
+                raise ValueError(f"{name}={value} must be a finite number, at least 0.")
+        if isinstance(self.ignore, str):
+            raise ValueError(f"ignore={self.ignore!r} is one name; give a list of names, such as [{self.ignore!r}].")
         for name in ("awp_gamma", "ema_decay"):
             value = getattr(self, name)
             if value is None:
@@ -351,8 +362,6 @@ class MRPFConfig(TrainingArguments):
                     f"{name} would turn the weights themselves into half precision, for good; evaluation and pruning "
                     f"are in float32 here. Leave {name} out; bf16 speeds up the training."
                 )
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must be at least 0.")
         if self.norm == "l2" and self.eps == AttackConfig.eps:
             raise ValueError("eps=8/255, the usual radius in linf, is hardly an attack in l2: give eps, such as 0.5.")
         _ = self.attack

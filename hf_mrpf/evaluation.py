@@ -112,12 +112,11 @@ def evaluate_robustness(
     names = _known_attacks([attacks] if isinstance(attacks, str) else attacks)
     if names:
         check_attack(attack)
-    if num_samples is not None and (
-        isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1
-    ):
-        raise ValueError(
-            f"num_samples is {num_samples!r}; it must be an integer of at least 1, or None for all images."
-        )
+    for option, value in (("num_samples", num_samples), ("batch_size", batch_size)):
+        all_images = option == "num_samples" and value is None
+        if not all_images and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            advice = ", or None for all images" if option == "num_samples" else ""
+            raise ValueError(f"{option} is {value!r}; it must be an integer of at least 1{advice}.")
     weight = next(model.parameters(), torch.zeros(()))
     processes = Processes.of(distributed)
     subject = {"norm": attack.norm, "eps": attack.eps, "step_size": attack.step_size, "seed": seed}

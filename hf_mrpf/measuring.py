@@ -76,7 +76,10 @@ class MeasuringTrainer(PixelTrainer):
 
     def evaluation_loop(self, *args, **kwargs):
         """As in `Trainer`; in a training with the robust accuracy of the training batches since the last one."""
-        output = super().evaluation_loop(*args, **kwargs)
+        # A training that goes on from a checkpoint of before must not depend on what was measured since.
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            output = super().evaluation_loop(*args, **kwargs)
         if self.is_in_train and output.metrics is not None:
             prefix, figures = kwargs.get("metric_key_prefix", "eval"), self._meter.read("evaluation", self._sum)
             if "train_robust_accuracy" in figures:

@@ -1,5 +1,6 @@
 """A Trainer of images: columns of images become pixels, which cross to the device in bytes."""
 
+import copy
 import logging
 from typing import Any
 
@@ -45,6 +46,7 @@ class PixelTrainer(PublishingTrainer):
             if isinstance(train_dataset, Dataset) and not self._class_names:
                 self._class_names = _name_classes(model, train_dataset)
             if isinstance(eval_dataset, dict):
+                args = _picking_by_split(args, list(eval_dataset))
                 eval_dataset = {name: self._indexed(split) for name, split in eval_dataset.items()}
             else:
                 eval_dataset = self._indexed(eval_dataset)
@@ -128,6 +130,21 @@ def _name_classes(model: nn.Module, dataset: Dataset) -> list[str] | None:
         config.id2label = dict(enumerate(names))
         config.label2id = {name: index for index, name in enumerate(names)}
     return model_class_names(model)
+
+
+def _picking_by_split(args: MRPFConfig, splits: list[str]) -> MRPFConfig:
+    """With several validation splits a metric is that of one of them; the default asks for no best epoch then."""
+    metric = str(args.metric_for_best_model).removeprefix("eval_")
+    if args.metric_for_best_model is None or metric.startswith(tuple(f"{split}_" for split in splits)):
+        return args
+    if args.load_best_model_at_end:
+        raise ValueError(
+            f"metric_for_best_model={args.metric_for_best_model!r} with several validation splits: say of which, such "
+            f"as {f'{splits[0]}_{metric}'!r}."
+        )
+    args = copy.copy(args)
+    args.metric_for_best_model = None
+    return args
 
 
 def _check_classes(model: nn.Module, dataset: Dataset) -> None:

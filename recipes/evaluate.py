@@ -26,7 +26,7 @@ from transformers.utils import cached_file
 
 from hf_mrpf import AttackConfig, PrunedForImageClassification
 from hf_mrpf.class_names import check_class_names, model_class_names
-from hf_mrpf.cli import DataArguments, load_data, number
+from hf_mrpf.cli import DataArguments, check_comparable, load_data, number
 from hf_mrpf.console import quieten, report_errors
 from hf_mrpf.data import ImageData
 from hf_mrpf.evaluation import evaluate_robustness
@@ -68,7 +68,12 @@ def main() -> None:
     quieten()
     if arguments.output and not Path(arguments.output).absolute().parent.is_dir():
         raise ValueError(f"--output {arguments.output}: there is no such folder to write to.")
+    if arguments.output and Path(arguments.output).is_dir():
+        raise ValueError(f"--output {arguments.output} is a folder; name a file in it, such as report.json.")
     model = PrunedForImageClassification.from_pretrained(arguments.model, revision=arguments.revision)
+    parent = PrunedForImageClassification.from_pretrained(arguments.parent) if arguments.parent else None
+    if parent is not None:
+        check_comparable(model, parent, arguments.parent)
     attack = own_attack(arguments)
     with state.local_main_process_first():  # decodes the images, which the others find in the cache
         data = load_data(data_args, model.config.image_size)
@@ -89,9 +94,11 @@ def main() -> None:
     if not state.is_main_process:
         return
     print(f"{arguments.model} on {data.name}, split {arguments.split}: {report}")
+    if arguments.output:
+        report.save(arguments.output)
+        print(f"report in {arguments.output}")
     failures = failures_of_report(report, len(data.class_names))
     if report.attacks:
-        parent = PrunedForImageClassification.from_pretrained(arguments.parent) if arguments.parent else None
         failures += failures_under_attack(
             model, getattr(data, arguments.split), attack, parent=parent and parent.to(device), seed=arguments.seed
         )
@@ -99,9 +106,6 @@ def main() -> None:
         print(f"warning: {line}")
     for line in notes(report):
         print(line)
-    if arguments.output:
-        report.save(arguments.output)
-        print(f"report in {arguments.output}")
 
 
 def processes(device: str | None) -> PartialState:
@@ -119,6 +123,8 @@ def own_device(state: PartialState, wanted: str | None) -> torch.device:
         asked = torch.device(wanted)
     except RuntimeError as error:
         raise ValueError(f"--device {wanted!r} is no device; give cpu, cuda or mps.") from error
+    if asked.type not in ("cpu", given.type):
+        raise ValueError(f"--device {wanted}: there is none here; give {given.type}, or leave the option out.")
     return given if asked.type == given.type and asked.index is None else asked
 
 

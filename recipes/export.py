@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from hf_mrpf import PrunedForImageClassification
+from hf_mrpf.cli import check_comparable
 from hf_mrpf.console import quieten, report_errors
 from hf_mrpf.efficiency import measure_latency, processor_name
 from hf_mrpf.export import FORMATS, ExportedFile, export_model, load_exported
@@ -94,16 +95,6 @@ def dense_stage(model: str) -> str | None:
     """The dense model that the run of recipes/prune.py in this folder started from."""
     folder = Path(model) / STAGES / "dense" / "model"
     return str(folder) if folder.is_dir() else None
-
-
-def check_comparable(model: PrunedForImageClassification, dense: PrunedForImageClassification, parent: str) -> None:
-    """Refuses a dense model that does another job: the times side by side would mean nothing."""
-    ours, theirs = ((other.config.image_size, other.config.num_labels) for other in (model, dense))
-    if ours != theirs:
-        raise ValueError(
-            f"{parent} takes images of {theirs[0]} pixels and has {theirs[1]} classes, the model {ours[0]} pixels and "
-            f"{ours[1]} classes: give the dense model that it was pruned from."
-        )
 
 
 def measure(

@@ -1,7 +1,6 @@
 """Command-line options: groups in the help, fractions, one message for an error, the model that is named."""
 
 import argparse
-import dataclasses
 import json
 
 import pytest
@@ -64,6 +63,13 @@ def test_eps_and_steps_read_fractions_and_adam_is_an_optimizer(parser, tmp_path)
         number("a/b")
 
 
+@pytest.mark.parametrize("name", ["base_epochs", "control_epochs"])
+@pytest.mark.parametrize("epochs", [-1.0, float("nan")])
+def test_a_number_of_epochs_that_is_none_is_refused(name, epochs):
+    with pytest.raises(ValueError, match=f"--{name} {epochs} must be a number of epochs, at least 0"):
+        ModelArguments(**{name: epochs})
+
+
 def test_run_settings_leave_out_what_changes_no_result(tmp_path):
     def settings(**changes):
         args = MRPFConfig(output_dir=str(tmp_path), use_cpu=True, **changes)
@@ -86,9 +92,6 @@ def test_the_named_model_is_built_with_the_classes_and_statistics_of_the_data(da
     assert own_config("timm/resnet18") is None
     assert own_config("resnet18") is None
     again = build_model(ModelArguments(str(tmp_path / "model")), data)
-    renamed = dataclasses.replace(data, class_names=[f"digit {i}" for i in range(10)])
-    with pytest.raises(ValueError, match="same classes in the same order"):
-        build_model(ModelArguments(str(tmp_path / "model")), renamed)
     assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in model.parameters())
 
 

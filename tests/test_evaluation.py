@@ -335,6 +335,8 @@ def test_other_bad_input_is_refused():
     for wrong in (0, True, 2.5):
         with pytest.raises(ValueError, match=f"num_samples is {wrong}"):
             evaluate_robustness(model, (images, labels), num_samples=wrong)
+        with pytest.raises(ValueError, match=f"batch_size is {wrong}.*at least 1\\."):
+            evaluate_robustness(model, (images, labels), batch_size=wrong)
 
 
 def test_logits_that_are_not_finite_name_the_image():

@@ -494,7 +494,9 @@ def test_evaluate_measures_an_id_as_it_measures_the_folder(client, hub, place):
     assert json.loads(output.read_text())["verdicts"] == report["verdicts"]
 
 
-def test_evaluate_refuses_in_one_message(client, hub, saved, published):
+def test_evaluate_refuses_in_one_message(client, hub, saved, published, place):
+    other = str(place / "other")
+    client.run(BUILD + "hf_mrpf.with_new_head(model, {0: 'a', 1: 'b'}).save_pretrained(given['folder'])", folder=other)
     hub.put("alice/unreachable", {name: (saved / name).read_bytes() for name in FILES})
     hub.fail("HEAD /alice/unreachable", times=99)
     for arguments, message in (
@@ -503,9 +505,13 @@ def test_evaluate_refuses_in_one_message(client, hub, saved, published):
         ([published, "--dataset_name", "digits"], "has 3 classes and digits 10"),
         ([published, "--norm", "l2"], "was not measured in this norm; give --eps, such as 0.5 at 32 pixels"),
         ([published, "--output", "/no/such/file.json"], "there is no such folder"),
+        ([published, "--output", str(saved)], "is a folder; name a file in it"),
+        ([published, "--dataset_name", "digits", "--parent", "alice/no-such"], "alice/no-such"),
+        ([published, "--parent", other], "has 2 classes, the model 16 pixels and 3 classes: give the dense model"),
     ):
         assert client.recipe("evaluate", *arguments) == 2
         assert message in client.stderr and client.stderr.count("error: ") == 1
+        assert "clean" not in client.stdout  # nothing was measured that is lost now
 
 
 PRUNE = [

@@ -330,6 +330,29 @@ def test_best_and_last_follow_the_metric_that_picks_the_checkpoint(tmp_path, dat
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{figures['best']['step']}")
 
 
+def test_several_validation_splits_need_no_best_metric_until_the_best_is_asked_for(tmp_path, data, model):
+    splits = {"a": data.validation, "b": data.test}
+    each_epoch = {"objective": "standard", "num_train_epochs": 1, "eval_strategy": "epoch", "save_strategy": "epoch"}
+    args = quick(tmp_path, **each_epoch)
+    trainer = MRPFTrainer(model, args, data.train, splits)
+    trainer.train()
+    assert get_last_checkpoint(str(tmp_path)) and args.metric_for_best_model == "robust_accuracy"
+    assert {"eval_a_robust_accuracy", "eval_b_robust_accuracy"} <= trainer.best_and_last()["last"].keys()
+    with pytest.raises(ValueError, match="say of which, such as 'a_robust_accuracy'"):
+        MRPFTrainer(model, quick(tmp_path, load_best_model_at_end=True, **each_epoch), data.train, splits)
+    args = quick(tmp_path, load_best_model_at_end=True, metric_for_best_model="eval_b_accuracy", **each_epoch)
+    trainer = MRPFTrainer(model, args, data.train, splits)
+    trainer.train()
+    assert trainer.state.best_metric == trainer.best_and_last()["last"]["eval_b_accuracy"]
+
+
+def test_an_evaluation_leaves_random_numbers_as_they_were(tmp_path, data, model):
+    trainer = MRPFTrainer(model, quick(tmp_path), data.train, data.validation)
+    before = torch.get_rng_state()
+    trainer.evaluate()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_checkpoint(tmp_path, data):
     calls = []
 
@@ -476,10 +499,19 @@ def test_an_evaluation_before_training_does_not_mark_the_model_as_prepared(tmp_p
         ({"gamma": float("inf")}, r"gamma=inf must be in \[0, 1\]"),
         ({"gamma": 5.0}, r"gamma=5.0 must be in \[0, 1\]"),
         ({"beta": -1.0}, r"beta=-1.0 must be a finite number, at least 0"),
-        ({"crop_padding": -1}, r"crop_padding=-1 must be at least 0"),
+        ({"beta": None}, r"beta=None must be a finite number"),
+        ({"gamma": "0.1"}, r"gamma=0.1 must be in \[0, 1\]"),
+        ({"num_train_epochs": -1}, r"num_train_epochs=-1 must be a finite number, at least 0"),
+        ({"crop_padding": -1}, r"crop_padding=-1 must be a whole number, at least 0"),
+        ({"crop_padding": 1.5}, r"crop_padding=1.5 must be a whole number, at least 0"),
+        ({"per_device_train_batch_size": 0}, r"per_device_train_batch_size=0 must be a whole number, at least 1"),
+        ({"per_device_eval_batch_size": 0}, r"per_device_eval_batch_size=0 must be a whole number, at least 1"),
+        ({"gradient_accumulation_steps": 0}, r"gradient_accumulation_steps=0 must be a whole number, at least 1"),
+        ({"ignore": "backbone.layer4"}, r"give a list of names, such as \['backbone.layer4'\]"),
         ({"sensitivity_steps": 0}, r"sensitivity_steps=0 must be at least 1"),
         ({"sensitivity_steps": 3, "sensitivity_method": "first_order"}, r"goes with ascent or exact only"),
-        ({"seed": -1}, r"seed=-1 must be at least 0"),
+        ({"seed": -1}, r"seed=-1 must be a whole number, at least 0"),
+        ({"seed": None}, r"seed=None must be a whole number"),
         ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor=0.1 would change nothing: each objective"),
         ({"remove_unused_columns": True}, r"remove_unused_columns=True would take away columns"),
         ({"bf16_full_eval": True}, r"bf16_full_eval would .*evaluation and pruning are in float32 here"),
