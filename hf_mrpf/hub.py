@@ -28,7 +28,8 @@ RECORD = ("pruning_plan.json", "robustness_report.json", "mrs.png", "README.md")
 # fmt: off
 SETTINGS = (
     "objective", "beta", "awp_gamma", "ema_decay", "norm", "eps", "num_steps", "optim", "learning_rate", "weight_decay",
-    "lr_scheduler_type", "per_device_train_batch_size", "num_train_epochs", "crop_padding", "horizontal_flip",
+    "lr_scheduler_type", "per_device_train_batch_size", "num_train_epochs", "max_steps", "crop_padding",
+    "horizontal_flip",
 )
 # fmt: on
 # Stands in the load snippet of a card that was rendered before anybody knew the id.
@@ -227,7 +228,8 @@ def write_record(
         report ([`RobustnessReport`], *optional*), split (`str`):
             Its figures, and the split they were measured on.
         settings (`Mapping[str, Any]`):
-            Settings of the training; those of [`SETTINGS`] are on the card.
+            Settings of the training; those of [`SETTINGS`] are on the card, of `num_train_epochs` and `max_steps` the
+            one that counts.
         pruning_steps, selection:
             As in [`CardInfo`].
         facts:
@@ -241,6 +243,8 @@ def write_record(
         example = torch.zeros(1, 3, model.config.image_size, model.config.image_size, device=model.device)
         costs = {"parameters": count_parameters(model), "macs": count_macs(model, example)}
         row = ResultRow.from_report("this model", report, **costs)
+    overridden = "num_train_epochs" if settings.get("max_steps", -1) > 0 else "max_steps"
+    shown = [name for name in SETTINGS if name != overridden and settings.get(name) is not None]
     known: dict[str, Any] = _model_facts(model, repo_id)
     known |= {
         "dataset_id": (report.data_name or "images of the user") if report else None,
@@ -250,7 +254,7 @@ def write_record(
         "rounds": round_rows(plans) if len(plans) > 1 else [],
         "pruning_steps": pruning_steps,
         "selection": selection,
-        "training": {name: str(settings[name]) for name in SETTINGS if settings.get(name) is not None},
+        "training": {name: str(settings[name]) for name in shown},
         "figure": "mrs.png" if plans else None,
         "versions": package_versions(),
         "seed": settings.get("seed"),

@@ -45,6 +45,7 @@ class OptimizingTrainer(ResumableTrainer):
                 self._refuse_optimizer()
             self._start_afresh(model)
         self._remember(model)
+        self._trained = True
         return super()._prepare_for_training(*args, **kwargs)
 
     def _optimises_others(self) -> bool:
@@ -67,11 +68,12 @@ class OptimizingTrainer(ResumableTrainer):
         )
 
     def _start_afresh(self, model: nn.Module) -> None:
-        """Forgets everything that points at the parameters before pruning: they are no longer the model's."""
+        """Forgets the parameters before pruning and their training: they are no longer the model's."""
         self._remember(model)
         self.model = self.model_wrapped = model
         self.optimizer = self.lr_scheduler = None
         self._created_lr_scheduler = False
+        self._trained = False
         for name in ("model", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
         self.accelerator.free_memory()

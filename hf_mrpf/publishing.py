@@ -35,6 +35,7 @@ class PublishingTrainer(Trainer):
     plans: list[PruningPlan]
     pruning_report: dict[str, dict[str, Any]]
     horizontal_flip: bool
+    _trained: bool = False  # since it was made or last pruned
 
     def best_and_last(self) -> dict[str, dict[str, float]]:
         """
@@ -44,8 +45,10 @@ class PublishingTrainer(Trainer):
 
         Returns:
             `dict`: `{"best": {...}, "last": {...}}` with `epoch`, `step`, `eval_accuracy`, `eval_robust_accuracy` each;
-            empty where nothing was evaluated.
+            empty where nothing was evaluated, and from a `prune()` to the next `train()`.
         """
+        if not self._trained:
+            return {}
         rows: dict[int, dict[str, float]] = {}
         for row in self.state.log_history:
             figures = {key: value for key, value in row.items() if key.startswith("eval_") and key.endswith("accuracy")}
@@ -110,7 +113,8 @@ class PublishingTrainer(Trainer):
         """
         Sends the model as it now is, with plan, report, figure and card, see [`push_folder`]; never a pickle.
 
-        Everything is written to `output_dir` first, so that a push that fails can be made again from there.
+        Everything is written to `output_dir` first, so that a push that fails can be made again from there. Settings of
+        a training are on the card only where there was one since the model was last pruned.
 
         Args:
             commit_message, blocking, token, revision, private:
@@ -150,9 +154,10 @@ class PublishingTrainer(Trainer):
             plans=self.plans,
             report=report,
             split=split,
-            settings=self.args.to_dict() | {"horizontal_flip": self.horizontal_flip},
+            settings=self.args.to_dict() | {"horizontal_flip": self.horizontal_flip} if self._trained else {},
             pruning_steps=self.pruning_report,
             selection=self.best_and_last(),
+            seed=self.args.seed,
         )
         push = partial(
             push_folder,

@@ -312,8 +312,7 @@ def write_result(
     write_json(draft / "robustness_report.json", report)
     info = card_info(model, plans, reports, rows, stages, data, args)
     if len(plans) > 1:
-        epochs = round_args.recovery_epochs
-        recovery = f"{epochs:g} epoch{'' if epochs == 1 else 's'} of `{args.objective}`" if epochs else None
+        recovery = recovery_text(stages[rounds[0][1]], args)
         figures = [round_figures(stages[pruned], stages[after], args) for pruned, after in rounds]
         info = dataclasses.replace(info, rounds=round_rows(plans, figures), recovery=recovery)
     if run_args.card_note:
@@ -323,6 +322,14 @@ def write_result(
     run.publish(draft)
     show(args, results_table(rows))
     show(args, f"result in {run.path}")
+
+
+def recovery_text(recovered: dict, args: MRPFConfig) -> str | None:
+    """The training that a round was followed by, as long as it was; None where there was none."""
+    if not recovered.get("steps"):
+        return None
+    count, unit = (recovered["steps"], "step") if args.max_steps > 0 else (recovered["epochs"], "epoch")
+    return f"{count:g} {unit}{'' if count == 1 else 's'} of `{args.objective}`"
 
 
 def round_figures(pruned: dict, after: dict, args: MRPFConfig) -> dict[str, dict[str, float]]:

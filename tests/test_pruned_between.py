@@ -1,6 +1,7 @@
 """A model pruned between two trainings in one folder: its optimizer is its own, and so are its checkpoints."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,6 +59,39 @@ def test_a_training_after_any_pruning_trains_the_weights_that_are_left(tmp_path,
     before = {name: tensor.detach().clone() for name, tensor in trainer.model.named_parameters()}
     trainer.train()
     assert [name for name, tensor in trainer.model.named_parameters() if torch.equal(tensor, before[name])] == []
+
+
+def card_of(trainer, monkeypatch):
+    """The card that the trainer would push."""
+    monkeypatch.setattr("hf_mrpf.publishing.push_folder", lambda *args, **kwargs: None)
+    trainer.hub_model_id = "alice/digits"
+    trainer.push_to_hub()
+    return (Path(trainer.args.output_dir) / "README.md").read_text()
+
+
+def test_after_prune_nothing_is_said_of_a_training_until_there_is_one(tmp_path, data, monkeypatch):
+    options = STANDARD | {"max_steps": -1, "num_train_epochs": 1, "eval_strategy": "epoch", "allocation": "uniform"}
+    trainer = MRPFTrainer(model(), quick(tmp_path, **options), data.train, data.validation)
+    trainer.train()
+    assert trainer.best_and_last()
+    trainer.prune()
+    trainer.evaluate()  # of the pruned model, and of no epoch
+    assert trainer.best_and_last() == {}
+    card = card_of(trainer, monkeypatch)
+    assert "## How it was pruned" in card and "Seed 42." in card
+    assert "How it was fine-tuned" not in card and "Best and last" not in card and "| objective |" not in card
+    trainer.train()
+    assert trainer.best_and_last()["last"]["epoch"] == 1
+    card = card_of(trainer, monkeypatch)
+    assert "## How it was fine-tuned" in card and "| last (epoch 1) |" in card
+    assert "| num_train_epochs | 1 |" in card and "max_steps" not in card
+
+
+def test_the_card_counts_the_steps_of_a_training_that_steps_ended(tmp_path, data, monkeypatch):
+    trainer = MRPFTrainer(model(), quick(tmp_path, **STANDARD, num_train_epochs=3), data.train, data.validation)
+    trainer.train()
+    card = card_of(trainer, monkeypatch)
+    assert "| max_steps | 1 |" in card and "num_train_epochs" not in card
 
 
 class Prunes(TrainerCallback):

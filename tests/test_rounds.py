@@ -381,10 +381,20 @@ def test_report_and_card_hold_every_round(rounds):
         == rounds.plan("pruned").after["macs"] / rounds.plan("pruned-1").before["macs"]
     )
     text = ModelCard.load(rounds.folder / "README.md").content
-    assert "2 rounds." in text and "with 1 epoch of `trades` after each but the last" in text
+    assert "2 rounds." in text and "Sensitivities were measured again before each round. After each round but" in text
+    assert "but the last came 1 epoch of `trades`. Channels and MRS below" in text
     cells = " | ".join(round_cells(info["rounds"])[2])
     assert f"| {cells} |" in text
     assert (rounds.folder / "mrs.png").stat().st_size > 10_000
+
+
+def test_the_card_tells_the_recovery_that_was_and_no_sensitivities_that_were_not(tmp_path):
+    few = run_recipe(tmp_path / "few", "--max_steps", "1", "--allocation", "uniform")
+    assert "on_sensitivity_end" not in few.events
+    assert few.report()["stages"]["recovered-1"]["steps"] == 1
+    text = ModelCard.load(few.folder / "README.md").content
+    assert "- After each round but the last came 1 step of `trades`. Channels below are those of the first" in text
+    assert "Sensitivities were" not in text
 
 
 @pytest.mark.slow
