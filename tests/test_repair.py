@@ -280,5 +280,16 @@ def test_compress_does_it_all_and_reports_every_step(trained):
             assert report.accuracy[name]["clean"] == pytest.approx(clean)
             assert 0 <= report.accuracy[name]["robust"] <= clean + 0.02
     assert report.repair.errors
-    with pytest.raises(ValueError, match="batches are empty; compress needs"):
-        compress(model, [])
+
+
+def test_compress_names_what_is_no_calibration_set():
+    model, images, labels = narrow_resnet(), torch.rand(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64)
+    for batches, message in [
+        ([], "batches is empty"),
+        ((images, labels), r"batches holds a Tensor; each entry must be a pair \(images, labels\)"),
+        ([(images, labels), (images[:0], labels[:0])], "a set without images"),
+        ([(images * 255, labels)], r"must stay in \[0, 1\]"),
+        ([(images, labels.tolist())], "labels are list for images of shape"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            compress(model, batches, 0.5, attack=ATTACK, allocation="uniform")
