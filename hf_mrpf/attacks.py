@@ -232,8 +232,8 @@ def pgd_attack(
         `Tensor` of the shape of `images`: detached, within `attack.eps` of the images and within [0, 1].
 
     Raises:
-        ValueError: If the images are no pixels in [0, 1], labels or start do not fit them, the loss is unknown, or is
-            `"kl"` with `until_fooled`.
+        ValueError: If the images are no pixels in [0, 1], labels or start do not fit them, clean logits are not of the
+            model's classes, the loss is unknown, or is `"kl"` with `until_fooled`.
     """
     check_attack(attack)
     if loss not in LOSSES:
@@ -258,6 +258,11 @@ def pgd_attack(
         for _ in range(attack.num_steps):
             with torch.enable_grad():
                 logits = logits_of(model(adversarial.requires_grad_()))
+                if loss == "kl" and logits.shape != labels.shape:
+                    raise ValueError(
+                        f"the clean logits have {labels.shape[1]} classes and the model {logits.shape[1]}; give "
+                        "logits, or a teacher that makes them, of the same classes."
+                    )
                 value = LOSSES[loss](logits, labels)
                 (gradient,) = torch.autograd.grad(value, adversarial)
             with torch.no_grad():

@@ -1,11 +1,13 @@
 """Running statistics of BatchNorm: measured anew without training, and made one on several processes."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .attacks import check_pixels
 from .modes import eval_mode, placed
 from .processes import Processes
 
@@ -21,14 +23,16 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor | tuple[Ten
         model (`nn.Module`):
             Changed in place: running means and variances alone.
         batches (`Iterable`):
-            Images `[N, 3, H, W]` in [0, 1], or pairs of images and labels; equal sizes make the mean exact.
+            Float images `[N, 3, H, W]` in [0, 1], or pairs of images and labels; equal sizes make the mean exact. They
+            may be of half precision.
 
     Returns:
         `nn.Module`: `model`.
 
     Raises:
-        ValueError: If there is a BatchNorm with running statistics and `batches` is empty, or one of its batches gives
-            it a single value of a channel. Nothing is changed then, nor after any other error of a pass.
+        ValueError: If there is a BatchNorm with running statistics and `batches` is empty, or one of its batches is no
+            images and labels, no pixels in [0, 1], or gives it a single value of a channel. Nothing is changed then,
+            nor after any other error of a pass.
     """
     norms = _with_statistics(model)
     if not norms:
@@ -44,7 +48,7 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor | tuple[Ten
                         norm.reset_running_stats()
                         norm.momentum = None  # the running statistics become a cumulative mean
                         norm.train()
-                images = batch if isinstance(batch, Tensor) else batch[0]
+                images = _checked_images(batch)
                 model(placed(images, model))
                 count += 1
         except BaseException as error:
@@ -89,6 +93,18 @@ def average_statistics(model: nn.Module, processes: Processes) -> None:
     together /= processes.count
     for buffer, mean in zip(buffers, together.split([len(buffer) for buffer in buffers]), strict=True):
         buffer.copy_(mean)
+
+
+def _checked_images(batch: Any) -> Tensor:
+    images = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if not isinstance(images, Tensor):
+        raise ValueError(
+            f"batches holds a {type(batch).__name__}; each batch must be a tensor of images [N, 3, H, W], or a pair "
+            "(images, labels)."
+        )
+    # Half precision is too coarse for an attack, but it is what a model of half precision takes.
+    check_pixels(images.float() if images.is_floating_point() else images)
+    return images
 
 
 def _with_statistics(model: nn.Module) -> list[_BatchNorm]:

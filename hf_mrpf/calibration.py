@@ -1,7 +1,7 @@
 """Calibration sets under attack, in micro-batches: what sensitivities, importances and repair are computed on."""
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,45 @@ class AttackedBatch(NamedTuple):
     images: Tensor
     adversarial: Tensor
     labels: Tensor
+
+
+def calibration_sets(batches: Iterable[tuple[Tensor, Tensor]] | None) -> list[tuple[Tensor, Tensor]]:
+    """
+    All sets of `batches`, for where a bad one must be found before anything is computed on the first.
+
+    Raises:
+        ValueError: If there is none, or one has no images or is no set by [`check_set`].
+    """
+    sets = [] if batches is None else list(batches)
+    if not sets:
+        raise ValueError("batches is empty; at least one calibration set (images, labels) is needed.")
+    for entry in sets:
+        images, _ = check_set(entry)
+        if not len(images):
+            raise ValueError("batches holds a set without images; at least one image is needed in each.")
+    return sets
+
+
+def check_set(entry: Any) -> tuple[Tensor, Tensor]:
+    """
+    The images `[N, 3, H, W]` and labels `[N]` of a calibration set, which may have none.
+
+    Raises:
+        ValueError: If it is no pair, the images are no pixels in [0, 1], or the labels no class indices of them.
+    """
+    if not isinstance(entry, tuple | list) or len(entry) != 2:
+        raise ValueError(f"batches holds a {type(entry).__name__}; each entry must be a pair (images, labels).")
+    images, labels = entry
+    check_pixels(images)
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        given = f"{labels.dtype} of shape {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(
+            f"labels are {given} for images of shape {list(images.shape)}; a tensor of one int64 class index for each "
+            "is needed."
+        )
+    if len(labels) and labels.min() < 0:
+        raise ValueError(f"a label is {int(labels.min())}; each must be a class index of at least 0.")
+    return images, labels
 
 
 def attacked_batches(
@@ -49,13 +88,14 @@ def attacked_batches(
         [`AttackedBatch`]; none for a set that is too small to give this process an image.
 
     Raises:
-        ValueError: If images are no pixels in [0, 1], or labels lie outside the model's classes.
+        ValueError: If a set is no pair of pixels in [0, 1] and int64 labels, or these lie outside the model's classes.
     """
     check_attack(attack)
     processes, classes = processes or Processes(), None
-    for images, labels in sets:
+    for entry in sets:
+        images, labels = check_set(entry)
         if classes is None and len(images):
-            classes = number_of_classes(model, images, attack)
+            classes = number_of_classes(model, images[:1], attack)
         if classes is not None and len(labels) and int(labels.max()) >= classes:
             raise ValueError(f"a label is {int(labels.max())}; the model knows the classes 0 to {classes - 1}.")
         mine = processes.share(len(images))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .attacks import AttackConfig, logits_of
 from .batchnorm import recalibrate_batchnorm
-from .calibration import attacked_batches
+from .calibration import attacked_batches, calibration_sets
 from .modes import eval_mode
 from .pruning import PruningPlan, plan_pruning, prune
 from .repair import RepairReport, repair
@@ -63,12 +63,11 @@ def compress(
         `tuple[PruningPlan, CompressionReport]`.
 
     Raises:
-        ValueError: As [`plan_pruning`] and [`recalibrate_batchnorm`] do; the model is unchanged then.
+        ValueError: If `batches` are no calibration sets, or as [`plan_pruning`] and [`recalibrate_batchnorm`] do; the
+            model is unchanged then.
     """
     attack = attack or AttackConfig()
-    sets = list(batches)
-    if not sets:
-        raise ValueError("batches are empty; compress needs at least one calibration set (images, labels).")
+    sets = calibration_sets(batches)
     plan = plan_pruning(model, sets[0][0][:1], target=target, batches=sets, attack=attack, seed=seed, **options)
     accuracy = {"dense": _accuracy(model, sets, attack, seed)}
     pruned = prune(copy.deepcopy(model), plan)

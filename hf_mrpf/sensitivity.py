@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attacks import AttackConfig, check_attack, check_pixels
+from .attacks import AttackConfig, check_attack
 from .attention import attention_slices
-from .calibration import attacked_batches
+from .calibration import attacked_batches, calibration_sets
 from .fingerprint import images_sha256, weights_sha256
 from .journal import Journal
 from .modes import eval_mode, frozen
@@ -140,7 +140,7 @@ def module_robustness_sensitivity(
     slices = attention_slices(model) if slices is None else slices
     targets = _targets(model, groups, slices)
     every_piece = [piece for pieces in targets.values() for piece in pieces]
-    sets = _calibration_sets(batches)
+    sets = calibration_sets(batches)
     processes = Processes.of(distributed)
     settings = {
         "method": method,
@@ -294,23 +294,6 @@ def _targets(
         if len(perturbed) != len(set(perturbed)):
             raise ValueError(f"members of group {group!r} overlap; name each weight, or slices of it, once.")
     return {group: [members[name] for name in names] for group, names in groups.items()}
-
-
-def _calibration_sets(batches: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    sets = [] if batches is None else list(batches)
-    if not sets:
-        raise ValueError("batches is empty; at least one calibration set (images, labels) is needed.")
-    for entry in sets:
-        if not isinstance(entry, tuple | list) or len(entry) != 2:
-            raise ValueError(f"batches holds a {type(entry).__name__}; each entry must be a pair (images, labels).")
-        images, labels = entry
-        check_pixels(images)
-        if labels.dtype != torch.int64 or labels.shape != images.shape[:1] or len(labels) == 0 or labels.min() < 0:
-            raise ValueError(
-                f"labels are {labels.dtype} of shape {list(labels.shape)} for images of shape {list(images.shape)}; at "
-                "least one image is needed, and for each one int64 class index of at least 0."
-            )
-    return sets
 
 
 def _scores(

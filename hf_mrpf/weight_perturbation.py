@@ -30,12 +30,20 @@ def adversarial_weights(
             Radius, relative to the l2 norm of each weight.
         processes ([`Processes`], *optional*):
             Who adds up the gradient, each of its own images, so that all perturb alike; this process alone by default.
+
+    Raises:
+        ValueError: If every such weight is frozen; nothing is evaluated then.
     """
     weights = [
         parameter
         for name, parameter in model.named_parameters()
         if name.split(".")[-1] == "weight" and parameter.ndim > 1 and parameter.requires_grad
     ]
+    if not weights:
+        raise ValueError(
+            "every weight of two dimensions or more is frozen, and adversarial weight perturbation moves no other: "
+            "leave awp_gamma out, or let one be trained (requires_grad_())."
+        )
     buffers = [buffer.clone() for buffer in model.buffers()]
     try:
         gradients = torch.autograd.grad(loss(), weights, allow_unused=True)

@@ -175,6 +175,10 @@ def test_rslad_needs_a_teacher_of_the_same_classes():
     fewer = nn.Sequential(nn.Flatten(), nn.Linear(192, 3)).double()
     with pytest.raises(ValueError, match="teacher has 3 classes and the model 5"):
         rslad(net, images, labels, ATTACK, teacher=fewer, adversarial_images=images)
+    for classes in (3, 1):
+        fewer = nn.Sequential(nn.Flatten(), nn.Linear(192, classes)).double()
+        with pytest.raises(ValueError, match=rf"have {classes} classes and the model 5; .*a teacher"):
+            rslad(net, images, labels, ATTACK, teacher=fewer)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

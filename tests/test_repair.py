@@ -219,6 +219,35 @@ def test_recalibration_needs_images_and_norms_that_keep_statistics():
     assert recalibrate_batchnorm(plain, []) is plain
 
 
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (torch.full((2, 3, 4, 4), 200, dtype=torch.uint8), "torch.uint8; .*divide them by 255"),
+        ((torch.full((2, 3, 4, 4), 200.0), torch.zeros(2)), r"from 200 to 200; they must stay in \[0, 1\]"),
+        (torch.full((2, 3, 4, 4), -1.5), "the model normalises them itself"),
+        (torch.full((2, 3, 4, 4), 1.5, dtype=torch.bfloat16), r"from 1.5 to 1.5; they must stay in \[0, 1\]"),
+        ({"pixel_values": torch.rand(2, 3, 4, 4)}, r"batches holds a dict; .*a pair \(images, labels\)"),
+        ([], "batches holds a list"),
+    ],
+)
+def test_recalibration_refuses_what_are_no_pixels_and_changes_nothing(batch, message):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    model(torch.rand(2, 3, 4, 4))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        recalibrate_batchnorm(model, [torch.rand(2, 3, 4, 4), batch])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model[1].momentum == 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_of_half_precision_is_recalibrated_on_images_of_its_own(dtype):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).to(dtype)
+    images = torch.rand(8, 3, 4, 4).to(dtype)
+    recalibrate_batchnorm(model, [images])
+    torch.testing.assert_close(model[1].running_mean, model[0](images).detach().mean((0, 2, 3)), rtol=0.02, atol=0.01)
+
+
 def test_a_batch_of_one_image_for_small_maps_changes_nothing_and_is_refused():
     model = nn.Sequential(
         nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 12),
@@ -251,5 +280,16 @@ def test_compress_does_it_all_and_reports_every_step(trained):
             assert report.accuracy[name]["clean"] == pytest.approx(clean)
             assert 0 <= report.accuracy[name]["robust"] <= clean + 0.02
     assert report.repair.errors
-    with pytest.raises(ValueError, match="batches are empty; compress needs"):
-        compress(model, [])
+
+
+def test_compress_names_what_is_no_calibration_set():
+    model, images, labels = narrow_resnet(), torch.rand(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64)
+    for batches, message in [
+        ([], "batches is empty"),
+        ((images, labels), r"batches holds a Tensor; each entry must be a pair \(images, labels\)"),
+        ([(images, labels), (images[:0], labels[:0])], "a set without images"),
+        ([(images * 255, labels)], r"must stay in \[0, 1\]"),
+        ([(images, labels.tolist())], "labels are list for images of shape"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            compress(model, batches, 0.5, attack=ATTACK, allocation="uniform")

@@ -530,6 +530,7 @@ def test_bad_calibration_sets(net):
         ([(images * 255, labels)], r"must stay in \[0, 1\]"),
         ([(images, labels[:3])], r"of shape \[3\] for images of shape \[24, 3, 8, 8\]"),
         ([(images, labels.float())], "labels are torch.float32"),
+        ([(images, labels.tolist())], "labels are list"),
         ([(images, labels - 100)], "class index of at least 0"),
         ([(images[:0], labels[:0])], "at least one image is needed"),
     ]:
@@ -631,6 +632,24 @@ def test_a_network_that_squeezes_and_a_set_without_images():
     (images, labels), *_ = calibration()
     parts = list(attacked_batches(Squeezes(), [(images, labels), (images[:0], labels[:0])], ATTACK))
     assert [len(part.labels) for part in parts] == [24]
+
+
+@pytest.mark.parametrize("eps", [0, 0.1])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda images, labels: (images, labels.tolist()), "labels are list for images of shape"),
+        (lambda images, labels: (images, labels - 9), "a label is -9; each must be a class index of at least 0"),
+        (lambda images, labels: (images.round().byte(), labels), "images are torch.uint8"),
+        (lambda images, labels: images, "batches holds a Tensor; each entry must be a pair"),
+    ],
+)
+def test_a_bad_set_is_named_when_its_turn_comes(eps, change, message):
+    (images, labels), *_ = calibration()
+    parts = attacked_batches(Squeezes(), iter([(images, labels), change(images, labels)]), AttackConfig(eps=eps))
+    assert len(next(parts).labels) == 24
+    with pytest.raises(ValueError, match=message):
+        next(parts)
 
 
 def test_transposed_convolutions_are_scored():

@@ -140,6 +140,18 @@ def test_statistics_are_back_where_the_loss_fails():
     assert torch.equal(model[1].running_mean, torch.zeros(4)) and model[1].num_batches_tracked == 0
 
 
+def test_a_model_whose_weights_are_all_frozen_is_refused_before_its_loss_is_evaluated():
+    model = net()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.ndim == 1)
+
+    def never():
+        raise AssertionError("evaluated")
+
+    with pytest.raises(ValueError, match="is frozen.*leave awp_gamma out"), adversarial_weights(model, never, GAMMA):
+        pass
+
+
 def test_under_autocast_the_forward_runs_at_the_perturbed_weights():
     model, images, labels = net(), torch.rand(4, 3, 16, 16), torch.arange(4)
     with torch.autocast("cpu", torch.bfloat16):
