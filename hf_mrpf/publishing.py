@@ -3,6 +3,7 @@
 import json
 from concurrent.futures import Future
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ class PublishingTrainer(Trainer):
         if not self._trained:
             return {}
         rows: dict[int, dict[str, float]] = {}
-        for row in self.state.log_history:
+        # The training's own last row has its time; what is evaluated later may be another checkpoint's.
+        for row in takewhile(lambda row: "train_runtime" not in row, self.state.log_history):
             figures = {key: value for key, value in row.items() if key.startswith("eval_") and key.endswith("accuracy")}
             if figures:  # several validation splits log one row each
                 rows.setdefault(int(row["step"]), {"epoch": row["epoch"], "step": row["step"]}).update(figures)

@@ -153,7 +153,7 @@ def write_result(
         plans=(),
         report=report,
         split=split,
-        settings=args.to_dict(),
+        settings=args.to_dict() | {"num_train_epochs": stage.get("epochs", args.num_train_epochs)},
         pruning_steps={},
         selection={key: stage[key] for key in ("best", "last") if key in stage},
         model_name=args.hub_model_id.split("/")[-1] if args.hub_model_id else Path(args.output_dir).name,

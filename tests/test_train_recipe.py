@@ -120,6 +120,7 @@ def test_the_shape_of_a_model_is_trained_from_scratch_as_a_control(trained, tmp_
     assert content["images"] != json.loads((folder / "robustness_report.json").read_text())["images"]
     card = ModelCard.load(tmp_path / "control" / "README.md")
     assert {result.dataset_split for result in card.data.eval_results} == {"test"}
+    assert "| num_train_epochs | 2.5 |" in card.content
     assert "A control: figures of the test split" in card.content and "nothing has read the test" not in card.content
 
 

@@ -306,6 +306,9 @@ def test_the_best_epoch_is_loaded_and_best_and_last_are_reported(tmp_path, data,
     figures = trainer.best_and_last()
     assert (figures["best"]["epoch"], figures["best"]["eval_robust_accuracy"]) == (2, 0.9)
     assert (figures["last"]["epoch"], figures["last"]["eval_robust_accuracy"]) == (3, 0.4)
+    scripted = iter([0.9])
+    trainer.evaluate()  # of the best weights, which are the model's now
+    assert trainer.best_and_last() == figures
     assert torch.equal(trainer.model.backbone.fc.weight, weights[1])
     assert not torch.equal(weights[1], weights[2])
     assert not list(tmp_path.rglob("training_args.bin"))
