@@ -74,6 +74,9 @@ class DataArguments:
     train_split: str = field(
         default="train", metadata={"help": "Split to train on, or several, such as SVHN's train+extra."}
     )
+    test_split: str | None = field(
+        default=None, metadata={"help": "Split to measure on at the end; found if not given: test, or validation."}
+    )
     image_column_name: str | None = field(default=None, metadata={"help": "Image column; found if not given."})
     label_column_name: str | None = field(default=None, metadata={"help": "Label column; found if not given."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Stratified subset of the training split."})
@@ -281,6 +284,7 @@ def load_data(arguments: DataArguments, image_size: int | None) -> "ImageData":
         arguments.dataset_name,
         arguments.dataset_config_name,
         train_split=arguments.train_split,
+        test_split=arguments.test_split,
         image_column_name=arguments.image_column_name,
         label_column_name=arguments.label_column_name,
         image_size=image_size,

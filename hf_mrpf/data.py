@@ -76,6 +76,7 @@ def load_image_data(
     dataset_config_name: str | None = None,
     *,
     train_split: str = "train",
+    test_split: str | None = None,
     image_column_name: str | None = None,
     label_column_name: str | None = None,
     image_size: int | None = None,
@@ -89,7 +90,7 @@ def load_image_data(
     """
     Loads a data set and cuts it into train, validation and test.
 
-    The test split is the first found of `test`, `valid`, `validation` and `val`; a data set
+    The test split is `test_split`, or the first found of `test`, `valid`, `validation` and `val`; a data set
     that has both a test and a validation split uses its own validation. From any other, 1,000 training images or a
     tenth of them, whichever is less, become the validation, stratified by class. They are cut before
     `max_train_samples` applies, so that the limit never changes what validates. Other splits (SVHN's `extra`) are
@@ -102,6 +103,8 @@ def load_image_data(
             Configuration of the data set, such as SVHN's `"cropped_digits"`.
         train_split (`str`, *optional*, defaults to `"train"`):
             Split to train on, or several joined by a plus sign, such as SVHN's `"train+extra"`.
+        test_split (`str`, *optional*):
+            Split to measure on, such as `"validation"` where the labels of `test` are kept secret (-1).
         image_column_name, label_column_name (`str`, *optional*):
             Columns to read. By default the one image column, and the class label column with most classes
             (`fine_label` of CIFAR-100) or else an integer column called `labels` or `label`.
@@ -132,7 +135,7 @@ def load_image_data(
     splits = _load_splits(name, dataset_config_name, cache_dir=cache_dir, revision=revision, token=token)
     if name != DIGITS and Path(name).expanduser().is_dir():
         name = Path(name).expanduser().resolve().name
-    origin = _choose_splits(splits, name, train_split)
+    origin = _choose_splits(splits, name, train_split, test_split)
     # Splits of one configuration have the same columns and classes: `load_dataset` sees to that.
     source = {
         split: splits[split] if split in splits else concatenate_datasets([splits[part] for part in split.split("+")])
@@ -149,7 +152,9 @@ def load_image_data(
             labels[split], class_names = checked_labels(source[split], label_column, class_names or None)
             shapes[split] = first_shape(source[split], image_column, image_size)
         except ValueError as error:
-            raise ValueError(f"Data set {name}, split {split}: {error}") from error
+            unlabelled = split == origin["test"] and split not in labels
+            advice = " Name another split to measure on as test_split, or label this one." if unlabelled else ""
+            raise ValueError(f"Data set {name}, split {split}: {error}{advice}") from error
     size = shapes[train_split][0]
     if set(shapes.values()) != {(size, size)}:
         found = ", ".join(f"{height}x{width} in {split}" for split, (height, width) in shapes.items())
@@ -241,15 +246,17 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()).rstrip(".!")
 
 
-def _choose_splits(source: DatasetDict, name: str, train: str) -> dict[str, str]:
+def _choose_splits(source: DatasetDict, name: str, train: str, test: str | None) -> dict[str, str]:
     """The source split of each part."""
     trained = train.split("+")
-    for split in trained:
+    for split in (*trained, *([test] if test else [])):
         if split not in source:
             raise ValueError(f"Data set {name} has no split {split}; it has {', '.join(source)}.")
     if len(set(trained)) < len(trained):
         raise ValueError(f"train_split is {train!r}, which names a split twice.")
-    test = next((split for split in TEST_SPLITS if split in source and split not in trained), None)
+    if test in trained:
+        raise ValueError(f"test_split is {test!r}, which is trained on: train_split is {train!r}.")
+    test = test or next((split for split in TEST_SPLITS if split in source and split not in trained), None)
     if test is None:
         raise ValueError(
             f"Data set {name} has no test split (one called {', '.join(TEST_SPLITS)}); it has {', '.join(source)}."

@@ -146,7 +146,7 @@ def _decode(value: dict[str, Any] | None, row: int) -> PillowImage.Image:
         raise ValueError(f"row {row} has no image.")
     try:
         image = Image().decode_example(value)
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, PillowImage.DecompressionBombError) as error:
         raise ValueError(f"the image in row {row} cannot be decoded: {error}.") from error
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"the image in row {row} has mode {image.mode}; 8 bits a channel are needed.")

@@ -26,7 +26,7 @@ OF_THE_MODEL = ("model_name_or_path", "model_revision", "backbone_kwargs", "pret
 # What an image costs in training, how many an epoch has, and what the result is measured on: controls of equal compute
 # have these in common with the dense training and with the fine-tuning.
 EQUAL = (
-    *("dataset_name", "dataset_config_name", "dataset_revision", "train_split", "max_train_samples"),
+    *("dataset_name", "dataset_config_name", "dataset_revision", "train_split", "test_split", "max_train_samples"),
     *("max_eval_samples", "objective", "num_steps", "awp_gamma", "norm", "eps"),
 )
 LONGEST_NAME = 100

@@ -241,7 +241,8 @@ def test_bad_labels_name_row_value_and_classes(tmp_path, load):
     test = image_dataset(random_images(6), [0, 1, 2, -1, 1, -1])
     with pytest.raises(
         ValueError,
-        match=r"split test: label -1 in row 3 of column label is out of range: 3 classes .* 0 to 2 \(2 such rows\)",
+        match=r"split test: label -1 in row 3 of column label is out of range: 3 classes .* 0 to 2 \(2 such rows\)\. "
+        "Name another split to measure on as test_split",
     ):
         load(save(tmp_path / "set", train=animals(30), test=test))
     with pytest.raises(ValueError, match="row 2 has no label in column label"):
@@ -249,6 +250,26 @@ def test_bad_labels_name_row_value_and_classes(tmp_path, load):
     huge = Dataset.from_dict({"image": random_images(2), "label": [0, 10**12]})
     with pytest.raises(ValueError, match=r"label 1000000000000 in row 1 .* out of range"):
         as_pixel_dataset(huge)
+
+
+def test_a_labelled_split_stands_in_for_a_test_split_without_labels(tmp_path, load):
+    hidden = image_dataset(random_images(6), [-1] * 6)
+    folder = save(tmp_path / "set", train=animals(30), validation=animals(9), test=hidden)
+    data = load(folder, test_split="validation")
+    assert data.description["splits"] == {
+        "train": {"from": "train", "num_images": 27},
+        "validation": {"from": "train", "num_images": 3},
+        "test": {"from": "validation", "num_images": 9},
+    }
+    for split, message in (("dev", "has no split dev; it has train"), ("train", "train_split is .train")):
+        with pytest.raises(ValueError, match=message):
+            load(folder, test_split=split)
+
+
+def test_an_image_that_pillow_refuses_for_its_size_is_named_by_its_row(monkeypatch):
+    monkeypatch.setattr(PillowImage, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(ValueError, match="the image in row 0 cannot be decoded: Image size"):
+        as_pixel_dataset(animals(3))
 
 
 def test_broken_images_are_named_by_their_row_of_the_split(tmp_path, load):
