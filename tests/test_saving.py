@@ -10,7 +10,7 @@ from timm.layers import DropPath
 from torch import nn
 from transformers import AutoModelForImageClassification, ResNetConfig, SwinConfig, ViTConfig
 
-from hf_mrpf import plan_pruning, prune
+from hf_mrpf import MRPFConfig, MRPFTrainer, plan_pruning, prune
 from hf_mrpf.modeling import describe_pruning
 
 TINY_SWIN = {"embed_dim": 12, "depths": [2], "num_heads": [2], "patch_size": 2, "window_size": 8}
@@ -85,6 +85,18 @@ def test_pruning_refreshes_the_record_of_the_config_and_refuses_before_it_cuts()
     with pytest.raises(ValueError, match="act1 is a SiLU"):
         prune(other, plan)
     assert other.backbone.layer1[0].conv1.weight.shape[0] == 16 and other.config.pruning is None
+
+
+def test_a_record_that_could_not_be_loaded_is_refused_before_the_cut_and_before_training(monkeypatch):
+    model = narrow()
+    plan = plan_pruning(model, torch.rand(1, 3, 32, 32), target=0.6, allocation="uniform")
+    monkeypatch.setattr("hf_mrpf.units.refresh", lambda model: setattr(model.backbone, "num_features", 999))
+    with pytest.raises(ValueError, match=r"\['num_features'\] is 999, larger than the dense backbone's 64"):
+        prune(model, plan)
+    assert model.backbone.num_features == 64 and describe_pruning(model) is None
+    model.backbone.num_features = 999
+    with pytest.raises(ValueError, match=r"\['num_features'\] is 999, larger than the dense backbone's 64"):
+        MRPFTrainer(model, MRPFConfig(report_to="none"))
 
 
 SHORT = {"layers": (1, 1, 1, 1), "channels": (16, 32, 32, 32)}
