@@ -7,7 +7,7 @@ over the channels that pruning removes, and namesakes compute something else.
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
@@ -90,6 +90,10 @@ MERGES: dict[tuple[str, str], tuple[str, str]] = {
 _FEATURES_READ_BY: dict[tuple[str, str], str] = {
     ("timm.models.vgg", "VGG"): "pre_logits.fc1",
     ("timm.models.mobilenetv3", "MobileNetV3"): "conv_head",
+    ("timm.models.repghost", "RepGhostNet"): "conv_head",
+    ("timm.models.lcnetv2", "LCNetV2"): "conv_head",
+    ("timm.models.hgnet", "HighPerfGpuNet"): "head.last_conv.0",
+    ("timm.models.byobnet", "ByobNet"): "head.pre_logits.fc",
 }
 
 _ATTENTION = re.compile("attention|attn", re.IGNORECASE)
@@ -300,22 +304,37 @@ def _shape(module: nn.Module, path: str) -> tuple[int, int]:
 
 
 def _refresh_features(network: nn.Module) -> None:
-    classifier = network.get_classifier()  # type: ignore[operator]
-    if not isinstance(getattr(network, "num_features", None), int) or not isinstance(classifier, nn.Linear):
+    classifiers = network.get_classifier()  # type: ignore[operator]
+    # A distilled network has two, of the same width.
+    classifier = classifiers[0] if isinstance(classifiers, tuple) else classifiers
+    if not isinstance(getattr(network, "num_features", None), int) or not isinstance(classifier, nn.Linear | nn.Conv2d):
         return
-    width = classifier.in_features
-    reader = dict(network.named_modules()).get(_FEATURES_READ_BY.get(class_id(network), ""))
-    features = reader.in_channels if isinstance(reader, nn.Conv2d) else width
+    width = classifier.weight.shape[1]
+    known = dict(network.named_modules()).get(_FEATURES_READ_BY.get(class_id(network), ""))
+    reader = known if isinstance(known, nn.Linear | nn.Conv2d) else classifier
+    features = _unpooled(network, reader)
     stem = getattr(getattr(network, "patch_embed", None), "proj", None)
     embed = stem.out_channels if isinstance(stem, nn.Conv2d) else width
     _set(network, num_features=features, head_hidden_size=width, embed_dim=embed)
-    for head in network.modules():
-        if getattr(head, "fc", None) is classifier and head is not network:
-            _set(head, in_features=width, num_features=width)
+    for head in [each for each in network.modules() if getattr(each, "fc", None) is classifier and each is not network]:
+        first = reader if reader in head.modules() else classifier
+        _set(head, in_features=_unpooled(head, first), num_features=width)
+
+
+def _unpooled(module: nn.Module, reader: nn.Linear | nn.Conv2d) -> int:
+    """Channels of what a layer reads, before a pooling ahead of it that gives both their means and their maxima."""
+    times = 1
+    for ahead in module.modules():
+        if ahead is reader:
+            break
+        if callable(multiple := getattr(ahead, "feat_mult", None)):
+            times = multiple()
+    return reader.weight.shape[1] // times
 
 
 def _set(module: nn.Module, **sizes: int | float) -> None:
-    """Set those attributes that the module has as plain numbers."""
+    """Set those attributes that the module has as plain numbers. A count that would grow counts something else."""
     for name, size in sizes.items():
-        if type(vars(module).get(name)) in (int, float):
+        now: Any = vars(module).get(name)
+        if type(now) in (int, float) and (isinstance(size, float) or size <= now):
             setattr(module, name, size)

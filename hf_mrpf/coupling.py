@@ -142,7 +142,7 @@ def _groups(model: nn.Module, example: Tensor, boxes: Mapping[str, _Box]) -> lis
 
     pruners = {type(module): BoxPruner() for module in by_module}
     roots = (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR, *pruners)
-    with torch.enable_grad(), trainable(model), _boxed(by_module), _hooks_restored(model):
+    with torch.enable_grad(), trainable(model), _boxed(by_module), _hooks_restored(model), _not_in_place(model):
         try:
             # Its default arguments are shared between calls: give it fresh ones.
             graph = tp.DependencyGraph().build_dependency(
@@ -211,6 +211,19 @@ def _hooks_restored(model: nn.Module) -> Iterator[None]:
         for module, hooks in before.items():
             for key in [key for key in module._forward_hooks if key not in hooks]:
                 del module._forward_hooks[key]
+
+
+@contextmanager
+def _not_in_place(model: nn.Module) -> Iterator[None]:
+    """An activation that overwrites a view of what a norm gives would take the norm's place in autograd's graph."""
+    modules: list[Any] = [module for module in model.modules() if getattr(module, "inplace", False) is True]
+    for module in modules:
+        module.inplace = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.inplace = True
 
 
 @contextmanager

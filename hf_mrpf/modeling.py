@@ -462,8 +462,9 @@ def describe_pruning(model: PrunedForImageClassification) -> dict[str, Any] | No
         names of `model.state_dict()` and `model.named_modules()`; `None` for a dense model.
 
     Raises:
-        ValueError: if the backbone has other tensors than its recipe, or larger ones, or a module of another class or
-            with another setting (such as a stride): another network would be loaded. The module is named.
+        ValueError: if the backbone has other tensors than its recipe, or larger ones, or larger sizes, or a module of
+            another class or with another setting (such as a stride): another network would be loaded. The module is
+            named.
     """
     with torch.device("meta"):
         dense = _build_backbone(model.config)
@@ -474,16 +475,17 @@ def describe_pruning(model: PrunedForImageClassification) -> dict[str, Any] | No
         raise ValueError(f"the backbone and its recipe {_recipe_name(model.config)} differ in tensors: {names}")
     _check_same_network(dense, model)
     shapes = {name: shape for name, shape in after.items() if shape != before[name]}
-    for name, shape in shapes.items():
-        if len(shape) != len(before[name]) or any(new > old for new, old in zip(shape, before[name], strict=True)):
-            raise ValueError(f"{name} has shape {shape}, larger than the dense backbone's {before[name]}")
     sizes = _sizes(dense)
     attrs = {
         module: changed
         for module, now in _sizes(model.backbone).items()
         if (changed := {key: now[key] for key in sorted(now) if now[key] != sizes.get(module, now).get(key, now[key])})
     }
-    return {"shapes": shapes, "attrs": attrs} if shapes or attrs else None
+    if not shapes and not attrs:
+        return None
+    record = {"shapes": shapes, "attrs": attrs}
+    _apply_record(dense, record)  # what loading would refuse
+    return record
 
 
 def _check_same_network(dense: nn.Module, model: PrunedForImageClassification) -> None:

@@ -16,6 +16,7 @@ from .efficiency import count_macs, count_parameters
 from .fingerprint import weights_sha256
 from .importance import get_importance
 from .latency import TARGET_METRICS, Candidates, Clock, plan_by_clock
+from .layers import skeleton
 from .measured_allocation import MEASURED, check_measurable, known_allocations, measured_widths
 from .modeling import PrunedForImageClassification, describe_pruning
 from .plan import PruningPlan, check_fits, removed_fraction, trace_for
@@ -302,13 +303,21 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
             "the model's weights are not those that the plan was made on: its choice of channels may not suit them.",
             stacklevel=2,
         )
-    recorded = [part for part in model.modules() if isinstance(part, PrunedForImageClassification)]
-    for part in recorded:
-        describe_pruning(part)
+    recorded = _recorded(model)
+    if recorded:
+        # On shapes alone, so that what could not be saved is refused while nothing is cut.
+        smaller = skeleton(model)
+        cut(smaller, graph, plan.kept)
+        for part in _recorded(smaller):
+            describe_pruning(part)
     cut(model, graph, plan.kept)
     for part in recorded:
         part.update_pruning_record()
     return model
+
+
+def _recorded(model: nn.Module) -> list[PrunedForImageClassification]:
+    return [part for part in model.modules() if isinstance(part, PrunedForImageClassification)]
 
 
 def _check_options(

@@ -10,7 +10,7 @@ from timm.layers import DropPath
 from torch import nn
 from transformers import AutoModelForImageClassification, ResNetConfig, SwinConfig, ViTConfig
 
-from hf_mrpf import plan_pruning, prune
+from hf_mrpf import MRPFConfig, MRPFTrainer, plan_pruning, prune
 from hf_mrpf.modeling import describe_pruning
 
 TINY_SWIN = {"embed_dim": 12, "depths": [2], "num_heads": [2], "patch_size": 2, "window_size": 8}
@@ -85,6 +85,54 @@ def test_pruning_refreshes_the_record_of_the_config_and_refuses_before_it_cuts()
     with pytest.raises(ValueError, match="act1 is a SiLU"):
         prune(other, plan)
     assert other.backbone.layer1[0].conv1.weight.shape[0] == 16 and other.config.pruning is None
+
+
+def test_a_record_that_could_not_be_loaded_is_refused_before_the_cut_and_before_training(monkeypatch):
+    model = narrow()
+    plan = plan_pruning(model, torch.rand(1, 3, 32, 32), target=0.6, allocation="uniform")
+    monkeypatch.setattr("hf_mrpf.units.refresh", lambda model: setattr(model.backbone, "num_features", 999))
+    with pytest.raises(ValueError, match=r"\['num_features'\] is 999, larger than the dense backbone's 64"):
+        prune(model, plan)
+    assert model.backbone.num_features == 64 and describe_pruning(model) is None
+    model.backbone.num_features = 999
+    with pytest.raises(ValueError, match=r"\['num_features'\] is 999, larger than the dense backbone's 64"):
+        MRPFTrainer(model, MRPFConfig(report_to="none"))
+
+
+SHORT = {"layers": (1, 1, 1, 1), "channels": (16, 32, 32, 32)}
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("resnet18", SHORT | {"global_pool": "catavgmax"}),
+        ("resnetv2_18", SHORT),
+        ("deit_tiny_distilled_patch16_224", {"patch_size": 8, "depth": 1, "embed_dim": 48}),
+        ("hgnet_tiny", {}),
+        slow("mobilenetv3_small_050", {"global_pool": "catavgmax"}),
+        slow("lcnetv2_base", {}),
+        slow("repghostnet_050", {}),
+        slow("resnet50_mlp", {}),
+        slow("dla34", {}),
+    ],
+)
+def test_whatever_reads_the_features_a_pruned_model_loads_and_takes_a_head_of_timm(tmp_path, name, kwargs):
+    model, images = from_backbone(name, num_labels=10, image_size=32, **kwargs).eval(), torch.rand(2, 3, 32, 32)
+    prune(model, plan_pruning(model, images, allocation="uniform"))
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(from_pretrained(tmp_path)(images).logits, model(images).logits)
+        features = model.backbone.forward_features(images)
+        assert model.backbone.num_features == features.shape[1 if features.ndim == 4 else -1]
+        if "distilled" not in name:  # whose heads read two tokens
+            pooled = model.backbone.forward_head(features, pre_logits=True)
+            assert model.backbone.head_hidden_size == pooled.shape[1]
+        model.backbone.reset_classifier(3)
+        assert model(images).logits.shape == (2, 3)
 
 
 def settings(model):

@@ -393,6 +393,32 @@ def test_a_subclass_of_a_known_layer_is_refused():
         known_layers(nn.Sequential(Standardised(3, 8, 3)))
 
 
+def norm_and_relu(inplace):
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3), timm.layers.LayerNorm2d(16), nn.ReLU(inplace), nn.Conv2d(16, 12, 3),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4),
+    )  # fmt: skip
+
+
+def test_an_activation_that_overwrites_what_a_norm_gives_changes_no_unit(monkeypatch):
+    images = torch.rand(1, 3, 8, 8)
+    model = norm_and_relu(inplace=True)
+    assert pruning_units(model, images) == pruning_units(norm_and_relu(inplace=False), images)
+    assert model[2].inplace
+    check_against_masked(model.double().eval(), images.double(), target=0.5, allocation="uniform")
+
+    seen = []
+
+    def fail(graph, *args, **kwargs):
+        seen.append(args[0][2].inplace)
+        raise RuntimeError("no graph")
+
+    monkeypatch.setattr("torch_pruning.DependencyGraph.build_dependency", fail)
+    with pytest.raises(ValueError, match="no graph"):
+        pruning_units(model, images)
+    assert model[2].inplace and set(seen) == {False}
+
+
 def test_a_convolutional_head_belongs_to_no_unit():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     assert [unit.name for unit in pruning_units(model, torch.rand(1, 3, 8, 8))] == ["0"]
