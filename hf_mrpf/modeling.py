@@ -1014,8 +1014,9 @@ def _check_values(model: PrunedForImageClassification, holds: Callable[[str], st
             raise ValueError(f"{holds(key)} NaN in {key!r}")
     for name in ("image_mean", "image_std"):
         buffer = getattr(model, name)
-        if not buffer.is_meta and not torch.equal(buffer.cpu(), torch.tensor(getattr(model.config, name))):
-            raise ValueError(f"{holds(name)} {name} {buffer.tolist()}, config.json {getattr(model.config, name)}")
+        wanted = getattr(model.config, name)
+        if not buffer.is_meta and not torch.equal(buffer.cpu(), torch.tensor(wanted, dtype=buffer.dtype)):
+            raise ValueError(f"{holds(name)} {name} {buffer.tolist()}, config.json {wanted}")
 
 
 def _check_can_load(model: PrunedForImageClassification) -> None:
