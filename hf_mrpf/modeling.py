@@ -390,7 +390,8 @@ class PrunedForImageClassification(PreTrainedModel):
     @staticmethod
     def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:
         # The model is still without memory here: the shapes that config.json claims must be those in the files first.
-        _check_headers(model, checkpoint_files or ())
+        if checkpoint_files is not None:  # an index may name none
+            _check_headers(model, checkpoint_files)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -957,9 +958,14 @@ def _check_index(source: Any, options: dict[str, Any]) -> None:
             )
 
 
-def _weights_file(source: Any, key: str) -> str:
+def _place(source: Any, key: str) -> str:
+    """Where a tensor was read or should have been; without a source transformers takes a `state_dict`."""
+    if source is None:
+        return "state_dict"
     index = Path(str(source)) / "model.safetensors.index.json"
-    return json.loads(index.read_text())["weight_map"].get(key, index.name) if index.is_file() else "model.safetensors"
+    sharded = index.is_file()
+    file = json.loads(index.read_text())["weight_map"].get(key, index.name) if sharded else "model.safetensors"
+    return f"{source}: {file}"
 
 
 def _damaged_file(source: Any) -> str:
@@ -992,17 +998,16 @@ def _check_headers(model: PrunedForImageClassification, files: Iterable[Any]) ->
 def _check_keys(info: dict[str, Any], source: Any) -> None:
     for problem, keys in (("lacks", info["missing_keys"]), ("has the unknown tensor", info["unexpected_keys"])):
         for key in sorted(keys):
-            raise ValueError(f"{source}: {_weights_file(source, key)} {problem} {key!r} ({len(keys)} such tensors)")
+            raise ValueError(f"{_place(source, key)} {problem} {key!r} ({len(keys)} such tensors)")
     for key, saved, expected in sorted(info["mismatched_keys"]):
         raise ValueError(
-            f"{source}: {_weights_file(source, key)} holds {key!r} with shape {tuple(saved)}, but config.json says "
-            f"{tuple(expected)}"
+            f"{_place(source, key)} holds {key!r} with shape {tuple(saved)}, but config.json says {tuple(expected)}"
         )
 
 
 def _check_loaded(model: PrunedForImageClassification, info: dict[str, Any], source: Any) -> None:
     _check_keys(info, source)
-    _check_values(model, lambda key: f"{source}: {_weights_file(source, key)} holds")
+    _check_values(model, lambda key: f"{_place(source, key)} holds")
 
 
 def _check_values(model: PrunedForImageClassification, holds: Callable[[str], str]) -> None:
@@ -1289,7 +1294,7 @@ def _from_hub(
     # A repository without a head is a start too; anything else would silently be random.
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     if lost := sorted(key for key in info["missing_keys"] if shapes.get(key, ())[:1] != (config.num_labels,)):
-        raise ValueError(f"{name}: {_weights_file(name, lost[0])} lacks {lost[0]!r} ({len(lost)} such tensors)")
+        raise ValueError(f"{_place(name, lost[0])} lacks {lost[0]!r} ({len(lost)} such tensors)")
     found = _from_transformers_model(model, labels, size, kwargs)
     try:
         found |= _normalisation(processor)
