@@ -622,11 +622,11 @@ def with_new_head(
         config.pruning = record
     head = {name for name, tensor in after.items() if tensor.shape != before[name].shape}
     other: Any = type(model)(config)
-    other.load_state_dict(
-        {name: tensor for name, tensor in model.state_dict().items() if name not in head}, strict=False
-    )
-    other.train(model.training)
-    return other.to(model.device)
+    other.to(device=model.device, dtype=model.dtype)
+    # Assigned and not copied into tensors of one dtype: those of the model may differ.
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items() if name not in head}
+    other.load_state_dict(kept, strict=False, assign=True)
+    return other.train(model.training)
 
 
 def _dtype_of_replica(model: PrunedForImageClassification) -> torch.dtype:
