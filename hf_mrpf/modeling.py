@@ -448,6 +448,17 @@ class PrunedForImageClassification(PreTrainedModel):
         self._statistics_hooks = _keep_statistics(network) if enable else []
 
 
+def check_class(model: nn.Module) -> None:
+    """Refuse a model whose class is not this one but that of the file beside its weights: none of its checks apply."""
+    for part in model.modules():
+        is_ours = isinstance(part, PreTrainedModel) and part.config.model_type == PrunedConfig.model_type
+        if is_ours and not isinstance(part, PrunedForImageClassification):
+            raise ValueError(
+                f"the model was loaded by the checkpoint's own code ({type(part).__module__}), not by the installed "
+                "hf_mrpf: import hf_mrpf first and load it again"
+            )
+
+
 def describe_pruning(model: PrunedForImageClassification) -> dict[str, Any] | None:
     r"""
     Say how a model differs in size from the dense backbone of its recipe. In nothing else may it differ, but in what
@@ -598,12 +609,14 @@ def with_new_head(
             Name of each class; classes are numbered from 0.
 
     Returns:
-        [`PrunedForImageClassification`] on the same device and in the same mode, pruned as `model` is.
+        [`PrunedForImageClassification`] of the same device, dtype and mode, pruned as `model` is.
 
     Raises:
         ValueError: if the number of classes is that of `model`: then it is not known whether the head fits. Also for
             names that are not of classes from 0 on or not different, and as [`describe_pruning`].
     """
+    if isinstance(model, nn.Module):
+        check_class(model)
     if not isinstance(model, PrunedForImageClassification):
         raise ValueError(f"model is a {type(model).__name__}; a PrunedForImageClassification is needed")
     id2label = _checked_names(id2label)
