@@ -148,7 +148,7 @@ def fisher(
     """
     own = {id(parameter) for parameter in model.parameters()}
     sides = {name: _gated_sides(group, own) for name, group in groups.items()}
-    totals = {name: torch.zeros(len(counts), device="cpu") for name, (_, counts) in sides.items()}
+    totals = {name: torch.zeros_like(counts) for name, (_, counts) in sides.items()}
     processes, count = processes or Processes(), 0
     with _borrowed_gradients(model) as parameters:
         device = parameters[0].device
@@ -206,12 +206,12 @@ def _gated_sides(group: "Group", own: set[int]) -> tuple[list, Tensor]:
     """Where the gates of a group are, and for each how many copies of the channel to average its derivative over."""
     width = 1 + max(group[0].root_idxs)
     if reading := [item for item in group.items if _reads(item)]:
-        return reading, torch.ones(width, device="cpu")
+        return reading, torch.ones(width, dtype=torch.float32, device="cpu")
     # Of a product, the derivative by a gate on either factor is that by a gate on the product.
     writing = [item for item in group.items if item.dep.layer.weight.ndim > 1 and id(item.dep.layer.weight) in own]
-    counts = torch.zeros(width, device="cpu")
+    counts = torch.zeros(width, dtype=torch.float32, device="cpu")
     for item in writing:
-        counts.index_add_(0, _on_cpu(item.root_idxs), torch.ones(len(item.root_idxs), device="cpu"))
+        counts.index_add_(0, _on_cpu(item.root_idxs), counts.new_ones(len(item.root_idxs)))
     return writing, counts
 
 

@@ -390,7 +390,8 @@ class PrunedForImageClassification(PreTrainedModel):
     @staticmethod
     def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:
         # The model is still without memory here: the shapes that config.json claims must be those in the files first.
-        _check_headers(model, checkpoint_files or ())
+        if checkpoint_files is not None:  # an index may name none
+            _check_headers(model, checkpoint_files)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -445,6 +446,17 @@ class PrunedForImageClassification(PreTrainedModel):
         for hook in self._statistics_hooks:
             hook.remove()
         self._statistics_hooks = _keep_statistics(network) if enable else []
+
+
+def check_class(model: nn.Module) -> None:
+    """Refuse a model whose class is not this one but that of the file beside its weights: none of its checks apply."""
+    for part in model.modules():
+        is_ours = isinstance(part, PreTrainedModel) and part.config.model_type == PrunedConfig.model_type
+        if is_ours and not isinstance(part, PrunedForImageClassification):
+            raise ValueError(
+                f"the model was loaded by the checkpoint's own code ({type(part).__module__}), not by the installed "
+                "hf_mrpf: import hf_mrpf first and load it again"
+            )
 
 
 def describe_pruning(model: PrunedForImageClassification) -> dict[str, Any] | None:
@@ -597,12 +609,14 @@ def with_new_head(
             Name of each class; classes are numbered from 0.
 
     Returns:
-        [`PrunedForImageClassification`] on the same device and in the same mode, pruned as `model` is.
+        [`PrunedForImageClassification`] of the same device, dtype and mode, pruned as `model` is.
 
     Raises:
         ValueError: if the number of classes is that of `model`: then it is not known whether the head fits. Also for
             names that are not of classes from 0 on or not different, and as [`describe_pruning`].
     """
+    if isinstance(model, nn.Module):
+        check_class(model)
     if not isinstance(model, PrunedForImageClassification):
         raise ValueError(f"model is a {type(model).__name__}; a PrunedForImageClassification is needed")
     id2label = _checked_names(id2label)
@@ -621,11 +635,11 @@ def with_new_head(
         config.pruning = record
     head = {name for name, tensor in after.items() if tensor.shape != before[name].shape}
     other: Any = type(model)(config)
-    other.load_state_dict(
-        {name: tensor for name, tensor in model.state_dict().items() if name not in head}, strict=False
-    )
-    other.train(model.training)
-    return other.to(model.device)
+    other.to(device=model.device, dtype=model.dtype)
+    # Assigned and not copied into tensors of one dtype: those of the model may differ.
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items() if name not in head}
+    other.load_state_dict(kept, strict=False, assign=True)
+    return other.train(model.training)
 
 
 def _dtype_of_replica(model: PrunedForImageClassification) -> torch.dtype:
@@ -957,9 +971,14 @@ def _check_index(source: Any, options: dict[str, Any]) -> None:
             )
 
 
-def _weights_file(source: Any, key: str) -> str:
+def _place(source: Any, key: str) -> str:
+    """Where a tensor was read or should have been; without a source transformers takes a `state_dict`."""
+    if source is None:
+        return "state_dict"
     index = Path(str(source)) / "model.safetensors.index.json"
-    return json.loads(index.read_text())["weight_map"].get(key, index.name) if index.is_file() else "model.safetensors"
+    sharded = index.is_file()
+    file = json.loads(index.read_text())["weight_map"].get(key, index.name) if sharded else "model.safetensors"
+    return f"{source}: {file}"
 
 
 def _damaged_file(source: Any) -> str:
@@ -992,17 +1011,16 @@ def _check_headers(model: PrunedForImageClassification, files: Iterable[Any]) ->
 def _check_keys(info: dict[str, Any], source: Any) -> None:
     for problem, keys in (("lacks", info["missing_keys"]), ("has the unknown tensor", info["unexpected_keys"])):
         for key in sorted(keys):
-            raise ValueError(f"{source}: {_weights_file(source, key)} {problem} {key!r} ({len(keys)} such tensors)")
+            raise ValueError(f"{_place(source, key)} {problem} {key!r} ({len(keys)} such tensors)")
     for key, saved, expected in sorted(info["mismatched_keys"]):
         raise ValueError(
-            f"{source}: {_weights_file(source, key)} holds {key!r} with shape {tuple(saved)}, but config.json says "
-            f"{tuple(expected)}"
+            f"{_place(source, key)} holds {key!r} with shape {tuple(saved)}, but config.json says {tuple(expected)}"
         )
 
 
 def _check_loaded(model: PrunedForImageClassification, info: dict[str, Any], source: Any) -> None:
     _check_keys(info, source)
-    _check_values(model, lambda key: f"{source}: {_weights_file(source, key)} holds")
+    _check_values(model, lambda key: f"{_place(source, key)} holds")
 
 
 def _check_values(model: PrunedForImageClassification, holds: Callable[[str], str]) -> None:
@@ -1014,8 +1032,9 @@ def _check_values(model: PrunedForImageClassification, holds: Callable[[str], st
             raise ValueError(f"{holds(key)} NaN in {key!r}")
     for name in ("image_mean", "image_std"):
         buffer = getattr(model, name)
-        if not buffer.is_meta and not torch.equal(buffer.cpu(), torch.tensor(getattr(model.config, name))):
-            raise ValueError(f"{holds(name)} {name} {buffer.tolist()}, config.json {getattr(model.config, name)}")
+        wanted = getattr(model.config, name)
+        if not buffer.is_meta and not torch.equal(buffer.cpu(), torch.tensor(wanted, dtype=buffer.dtype)):
+            raise ValueError(f"{holds(name)} {name} {buffer.tolist()}, config.json {wanted}")
 
 
 def _check_can_load(model: PrunedForImageClassification) -> None:
@@ -1288,7 +1307,7 @@ def _from_hub(
     # A repository without a head is a start too; anything else would silently be random.
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     if lost := sorted(key for key in info["missing_keys"] if shapes.get(key, ())[:1] != (config.num_labels,)):
-        raise ValueError(f"{name}: {_weights_file(name, lost[0])} lacks {lost[0]!r} ({len(lost)} such tensors)")
+        raise ValueError(f"{_place(name, lost[0])} lacks {lost[0]!r} ({len(lost)} such tensors)")
     found = _from_transformers_model(model, labels, size, kwargs)
     try:
         found |= _normalisation(processor)

@@ -18,7 +18,7 @@ from .importance import get_importance
 from .latency import TARGET_METRICS, Candidates, Clock, plan_by_clock
 from .layers import skeleton
 from .measured_allocation import MEASURED, check_measurable, known_allocations, measured_widths
-from .modeling import PrunedForImageClassification, describe_pruning
+from .modeling import PrunedForImageClassification, check_class, describe_pruning
 from .plan import PruningPlan, check_fits, removed_fraction, trace_for
 from .plan_inputs import check_reachable, free_units, scores_by_unit, warn_if_off
 from .processes import Processes
@@ -126,8 +126,9 @@ def plan_pruning(
 
     Raises:
         ValueError: If an option is unknown or out of range, sensitivities are needed and neither `scores` nor `batches`
-            with `attack` is given, weights are not finite, the model cannot be pruned rightly, or the target cannot be
-            met (the message says the smallest fraction that can, or the nearest latency).
+            with `attack` is given, weights are not finite, the model cannot be pruned rightly or was loaded by the
+            code beside its weights, or the target cannot be met (the message says the smallest fraction that can, or
+            the nearest latency).
     """
     if allocation not in known_allocations():
         raise ValueError(f"allocation is {allocation!r}; known allocations: {', '.join(known_allocations())}.")
@@ -150,6 +151,7 @@ def plan_pruning(
             f"scores are a {type(scores).__name__}; a mapping of the names of members, or of units, to numbers is "
             "needed, such as module_robustness_sensitivity returns."
         )
+    check_class(model)
     if not _sums_are_finite(model):
         check_finite_weights(model)
     graph = trace_units(model, example, heads=heads)
@@ -286,14 +288,16 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
         `nn.Module`: `model`.
 
     Raises:
-        ValueError: If the model's units are not those of the plan, or it cannot be pruned rightly, or (of a
-            [`PrunedForImageClassification`], whose `config.pruning` says afterwards what is left) saved again.
+        ValueError: If the model's units are not those of the plan, or it cannot be pruned rightly, was loaded by the
+            code beside its weights, or (a [`PrunedForImageClassification`], whose `config.pruning` says afterwards
+            what is left) cannot be saved again.
 
     Warns:
         UserWarning: If the weights are not those that the plan was made on.
     """
     if not isinstance(plan, PruningPlan):
         raise ValueError(f"plan is a {type(plan).__name__}; a PruningPlan is needed (PruningPlan.load reads a file).")
+    check_class(model)
     graph = trace_for(plan, model)
     check_fits(plan, graph)
     # At the very widths of the plan: those that planning tried were others.

@@ -21,7 +21,7 @@ from .config import MRPFConfig
 from .data import calibration_batches, stratified_subset
 from .efficiency import count_macs, count_parameters
 from .loader import batches
-from .modeling import PrunedForImageClassification, describe_pruning
+from .modeling import PrunedForImageClassification, check_class, describe_pruning
 from .objectives import Objective, ObjectiveOutput, get_objective
 from .optimizing import OptimizingTrainer
 from .pixels import own_class_names
@@ -78,8 +78,9 @@ class MRPFTrainer(OptimizingTrainer):
             Whether training mirrors images: what `args` say, or else what the class names say (digits are not).
 
     Raises:
-        ValueError: where there is no model, weights are not finite, a label lies outside the model's classes, the data
-            set numbers the classes otherwise than the model, or `teacher` is `model`.
+        ValueError: where there is no model or one that was loaded by the code beside its weights, weights are not
+            finite, a label lies outside the model's classes, the data set numbers the classes otherwise than the model,
+            or `teacher` is `model`.
     """
 
     args: MRPFConfig
@@ -101,6 +102,7 @@ class MRPFTrainer(OptimizingTrainer):
                 "MRPFTrainer needs a model, and takes no model_init: that would build the dense model anew at each "
                 "train(), and what prune() did would be lost. Give model=model_init()."
             )
+        check_class(model)
         check_finite_weights(model)
         if isinstance(model, PrunedForImageClassification):
             describe_pruning(model)  # what could not be saved is refused before it is trained

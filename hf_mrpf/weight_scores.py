@@ -84,7 +84,7 @@ def _touched(group: "Group", term: Callable[..., Tensor], *, gradients: bool = F
     import torch_pruning as tp
 
     left_out = {tp.prune_depthwise_conv_out_channels} | (set() if batchnorm else {tp.prune_batchnorm_out_channels})
-    total, count = torch.zeros(1 + max(group[0].root_idxs), device="cpu"), 0
+    total, count = torch.zeros(1 + max(group[0].root_idxs), dtype=torch.float32, device="cpu"), 0
     for item in group.items:
         layer, function = item.dep.layer, item.dep.pruning_fn
         if layer.weight is None or isinstance(layer, nn.GroupNorm) or function in left_out:

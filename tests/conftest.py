@@ -32,6 +32,13 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def set_default_dtype():
+    """`torch.set_default_dtype`, undone after the test."""
+    yield torch.set_default_dtype
+    torch.set_default_dtype(torch.float32)
+
+
 def pytest_collection_modifyitems(items):
     """
     Files in the order of `LONGEST`, the others after them as they are; nothing changes within a file.

@@ -213,6 +213,17 @@ def test_scores_are_alike_whatever_device_is_the_default(name):
     assert all(torch.equal(found[unit], expected[unit]) for unit in expected)
 
 
+@pytest.mark.parametrize("name", sorted(IMPORTANCES.keys() - {"random"}))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_scores_are_alike_whatever_dtype_is_the_default(set_default_dtype, name, dtype):
+    model = Gated().eval()
+    groups, batches = traced(model), [(torch.rand(3, 3, 8, 8), torch.randint(3, (3,)))]
+    expected = IMPORTANCES[name](model, groups, batches, 0)
+    set_default_dtype(dtype)
+    found = IMPORTANCES[name](model, groups, batches, 0)
+    assert all(torch.equal(found[unit], expected[unit]) for unit in expected)
+
+
 def test_float64_of_a_gpu_that_knows_none_is_on_the_cpu():
     values = torch.rand(3)
     on_gpu = SimpleNamespace(device=torch.device("mps"), cpu=lambda: values)  # it has no double

@@ -680,6 +680,32 @@ def test_loaded_weights_lie_where_an_allocator_puts_them(saved):
     assert not astray(from_pretrained(saved[1]).state_dict().values())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_model_is_saved_and_loaded_whatever_dtype_is_the_default(saved, tmp_path, set_default_dtype, dtype):
+    set_default_dtype(dtype)
+    from_pretrained(saved[1]).save_pretrained(tmp_path)
+    again = from_pretrained(tmp_path)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in saved[0].state_dict().items())
+
+
+def test_a_model_is_loaded_from_memory_as_strictly_as_from_files(saved):
+    model, _, images, logits = saved
+    held = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    again = from_pretrained(None, config=copy.deepcopy(model.config), state_dict=dict(held))
+    assert torch.equal(again(images).logits, logits)
+    name = "backbone.fc.bias"
+    for change, message in (
+        ({name: None}, f"^state_dict lacks '{name}'"),
+        ({"more": held[name]}, "^state_dict has the unknown tensor 'more'"),
+        ({name: held[name][:3]}, rf"^state_dict holds '{name}' with shape \(3,\), but config.json says \(10,\)"),
+        ({name: held[name] * float("nan")}, f"^state_dict holds NaN in '{name}'"),
+        ({"image_mean": held["image_mean"] + 0.1}, r"^state_dict holds image_mean \[0\.5"),
+    ):
+        wrong = {key: tensor for key, tensor in (held | change).items() if tensor is not None}
+        with pytest.raises(ValueError, match=message):
+            from_pretrained(None, config=copy.deepcopy(model.config), state_dict=wrong)
+
+
 def test_pruned_twice_sharded_and_saved_over_an_older_model(saved, tmp_path):
     model, images = copy.deepcopy(saved[0]), saved[2]
     model.save_pretrained(tmp_path)

@@ -64,6 +64,22 @@ def test_a_dense_model_and_the_same_number_of_classes():
         with_new_head(model, {index: str(index) for index in range(10)})
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_all_but_the_head_keeps_its_dtype_and_its_digits(dtype):
+    model = from_backbone("resnet18", num_labels=10, image_size=32, small_images=True, **NARROW).to(dtype)
+    for name, tensor in model.state_dict().items():
+        if name.startswith("backbone.") and tensor.is_floating_point():
+            tensor.uniform_()
+    model.backbone.bn1.float()
+    before, other = model.state_dict(), with_new_head(model, LABELS)
+    assert other.dtype == other.backbone.fc.weight.dtype == dtype
+    assert other.image_mean.dtype == other.backbone.bn1.weight.dtype == torch.float32
+    for name, tensor in other.state_dict().items():
+        if not name.startswith("backbone.fc."):
+            assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name])
+            assert tensor.data_ptr() != before[name].data_ptr()
+
+
 def test_every_way_to_other_classes_leads_to_a_new_head(tmp_path):
     assert hf_mrpf.with_new_head is with_new_head and "with_new_head" in hf_mrpf.__all__
     model = from_backbone("resnet18", num_labels=10, image_size=32, small_images=True, **NARROW)

@@ -1,6 +1,8 @@
 """What is saved loads as the same network: changes that the recipe does not say are refused, and so is bad config."""
 
 import copy
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
 
 import pytest
 import timm
@@ -10,7 +12,7 @@ from timm.layers import DropPath
 from torch import nn
 from transformers import AutoModelForImageClassification, ResNetConfig, SwinConfig, ViTConfig
 
-from hf_mrpf import MRPFConfig, MRPFTrainer, plan_pruning, prune
+from hf_mrpf import MRPFConfig, MRPFTrainer, modeling, plan_pruning, prune, with_new_head
 from hf_mrpf.modeling import describe_pruning
 
 TINY_SWIN = {"embed_dim": 12, "depths": [2], "num_heads": [2], "patch_size": 2, "window_size": 8}
@@ -133,6 +135,27 @@ def test_whatever_reads_the_features_a_pruned_model_loads_and_takes_a_head_of_ti
             assert model.backbone.head_hidden_size == pooled.shape[1]
         model.backbone.reset_classifier(3)
         assert model(images).logits.shape == (2, 3)
+
+
+def test_a_model_of_the_class_that_came_with_its_weights_is_told_to_load_it_again(tmp_path, monkeypatch):
+    name = "transformers_modules.checkpoint.modeling"  # as trust_remote_code names it: it registers nothing
+    spec = spec_from_file_location(name, modeling.__file__)
+    copied = module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, copied)
+    spec.loader.exec_module(copied)
+    narrow().save_pretrained(tmp_path)
+    model, images = copied.PrunedForImageClassification.from_pretrained(tmp_path), torch.rand(2, 3, 32, 32)
+    plan = plan_pruning(narrow(), images, target=0.6, allocation="uniform")
+    for attempt in (
+        lambda: plan_pruning(model, images, target=0.6, allocation="uniform"),
+        lambda: prune(model, plan),
+        lambda: prune(nn.Sequential(model), plan),
+        lambda: with_new_head(model, ["a", "b"]),
+        lambda: MRPFTrainer(model, MRPFConfig(output_dir=str(tmp_path / "run"))),
+    ):
+        with pytest.raises(ValueError, match=rf"own code \({name}\).*: import hf_mrpf first and load it again"):
+            attempt()
+    assert model.backbone.layer1[0].conv1.weight.shape[0] == 16
 
 
 def settings(model):
