@@ -283,11 +283,11 @@ class MRPFConfig(TrainingArguments):
         _known("combine", self.combine, (*COMBINERS, "joint"))
         _known("sensitivity_method", self.sensitivity_method, METHODS)
         _known("target_metric", self.target_metric, TARGET_METRICS)
-        if not (isinstance(self.target, float | int) and 0 < self.target < 1):
+        if not (_is_number(self.target) and 0 < self.target < 1):
             raise ValueError(
                 f"target={self.target} is not a fraction kept in (0, 1): 0.5 keeps half of the {self.target_metric}."
             )
-        if not (isinstance(self.max_ratio, float | int) and 0 < self.max_ratio < 1):
+        if not (_is_number(self.max_ratio) and 0 < self.max_ratio < 1):
             raise ValueError(f"max_ratio={self.max_ratio} must be in (0, 1): the largest fraction a unit may lose.")
         for name, least in {
             "min_channels": 1,
@@ -335,7 +335,7 @@ class MRPFConfig(TrainingArguments):
             value = getattr(self, name)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, float | int) or not 0 < value < 1:
+            if not (_is_number(value) and 0 < value < 1):
                 raise ValueError(f"{name}={value} must be a number in (0, 1), or left out.")
             if self.fsdp or self.deepspeed:
                 raise ValueError(

@@ -506,6 +506,7 @@ def test_evaluate_refuses_in_one_message(client, hub, saved, published, place):
         ([published, "--norm", "l2"], "was not measured in this norm; give --eps, such as 0.5 at 32 pixels"),
         ([published, "--output", "/no/such/file.json"], "there is no such folder"),
         ([published, "--output", str(saved)], "is a folder; name a file in it"),
+        ([published, "--device", "xpu"], "--device xpu: there is none here; give "),
         ([published, "--dataset_name", "digits", "--parent", "alice/no-such"], "alice/no-such"),
         ([published, "--parent", other], "has 2 classes, the model 16 pixels and 3 classes: give the dense model"),
     ):
