@@ -68,6 +68,11 @@ def mobilenet_longer() -> nn.Module:
     return base("mobilenet")
 
 
+def mobilevit() -> nn.Module:
+    """timm's MobileViT-xxs with strides up to 8 in all: 16.0 M MACs, 954 k parameters, convolutions and attention."""
+    return Normalised(timm.create_model("mobilevit_xxs", num_classes=10, output_stride=8))
+
+
 def narrow_resnet() -> nn.Module:
     """A ResNet of four blocks, 16 to 64 channels: 23.2 M MACs; for the ranks of sensitivity.py."""
     form: dict[str, Any] = {"layers": (1, 1, 1, 1), "channels": (16, 32, 64, 64), "zero_init_last": False}
@@ -81,6 +86,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "narrow_vgg": narrow_vgg,
     "mobilenet": mobilenet,
     "mobilenet_longer": mobilenet_longer,
+    "mobilevit": mobilevit,
     "narrow_resnet": narrow_resnet,
 }
 

@@ -40,16 +40,22 @@ class OptimizingTrainer(ResumableTrainer):
         # An evaluation before training marks the bare model as prepared, and DDP would then silently be left out.
         model = self._without_autocast()
         model.__dict__.pop("_is_accelerate_prepared", None)
-        if self.optimizer is not None and self._optimises_others():
+        if self._optimises_others():
             if not self._made_own_optimizer:
                 self._refuse_optimizer()
             self._start_afresh(model)
         self._remember(model)
-        self._trained = True
+        self._has_trained = True
         return super()._prepare_for_training(*args, **kwargs)
+
+    def _trained(self) -> bool:
+        # `compress` prunes without the trainer's knowing.
+        return super()._trained() and not self._optimises_others()
 
     def _optimises_others(self) -> bool:
         """Whether the model was pruned, say by `compress`, since the optimizer was made: it holds what was replaced."""
+        if self.optimizer is None:
+            return False
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # they give it parameters of their own
             return False
         own = {id(parameter) for parameter in self.accelerator.unwrap_model(self.model).parameters()}
@@ -73,7 +79,7 @@ class OptimizingTrainer(ResumableTrainer):
         self.model = self.model_wrapped = model
         self.optimizer = self.lr_scheduler = None
         self._created_lr_scheduler = False
-        self._trained = False
+        self._has_trained = False
         for name in ("model", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
         self.accelerator.free_memory()

@@ -36,7 +36,11 @@ class PublishingTrainer(Trainer):
     plans: list[PruningPlan]
     pruning_report: dict[str, dict[str, Any]]
     horizontal_flip: bool
-    _trained: bool = False  # since it was made or last pruned
+    _has_trained: bool = False  # since it was made, or last pruned by `prune()`
+
+    def _trained(self) -> bool:
+        """Whether the model is what a training left, not pruned since."""
+        return self._has_trained
 
     def best_and_last(self) -> dict[str, dict[str, float]]:
         """
@@ -46,9 +50,9 @@ class PublishingTrainer(Trainer):
 
         Returns:
             `dict`: `{"best": {...}, "last": {...}}` with `epoch`, `step`, `eval_accuracy`, `eval_robust_accuracy` each;
-            empty where nothing was evaluated, and from a `prune()` to the next `train()`.
+            empty where nothing was evaluated, and from a pruning to the next `train()`.
         """
-        if not self._trained:
+        if not self._trained():
             return {}
         rows: dict[int, dict[str, float]] = {}
         # The training's own last row has its time; what is evaluated later may be another checkpoint's.
@@ -156,7 +160,7 @@ class PublishingTrainer(Trainer):
             plans=self.plans,
             report=report,
             split=split,
-            settings=self.args.to_dict() | {"horizontal_flip": self.horizontal_flip} if self._trained else {},
+            settings=self.args.to_dict() | {"horizontal_flip": self.horizontal_flip} if self._trained() else {},
             pruning_steps=self.pruning_report,
             selection=self.best_and_last(),
             seed=self.args.seed,

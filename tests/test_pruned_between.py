@@ -69,21 +69,26 @@ def card_of(trainer, monkeypatch):
     return (Path(trainer.args.output_dir) / "README.md").read_text()
 
 
-def test_after_prune_nothing_is_said_of_a_training_until_there_is_one(tmp_path, data, monkeypatch):
+@pytest.mark.parametrize("cut", [None, by_prune, by_compress])
+def test_after_pruning_nothing_is_said_of_a_training_until_there_is_one(tmp_path, data, monkeypatch, cut):
     options = STANDARD | {"max_steps": -1, "num_train_epochs": 1, "eval_strategy": "epoch", "allocation": "uniform"}
     trainer = MRPFTrainer(model(), quick(tmp_path, **options), data.train, data.validation)
     trainer.train()
     assert trainer.best_and_last()
-    trainer.prune()
+    if cut:
+        cut(trainer.model, data)
+    else:
+        trainer.prune()
     trainer.evaluate()  # of the pruned model, and of no epoch
     assert trainer.best_and_last() == {}
     card = card_of(trainer, monkeypatch)
-    assert "## How it was pruned" in card and "Seed 42." in card
-    assert "How it was fine-tuned" not in card and "Best and last" not in card and "| objective |" not in card
+    assert cut or ("## How it was pruned" in card and "Seed 42." in card)  # the trainer was not told of the others
+    said = ("## How it was fine-tuned", "## How it was trained", "Best and last", "| objective |")
+    assert not any(text in card for text in said)
     trainer.train()
     assert trainer.best_and_last()["last"]["epoch"] == 1
     card = card_of(trainer, monkeypatch)
-    assert "## How it was fine-tuned" in card and "| last (epoch 1) |" in card
+    assert ("## How it was trained" if cut else "## How it was fine-tuned") in card and "| last (epoch 1) |" in card
     assert "| num_train_epochs | 1 |" in card and "max_steps" not in card
 
 
