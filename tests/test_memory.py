@@ -189,8 +189,8 @@ def test_a_leak_of_one_small_tensor_per_step_would_be_seen(monkeypatch):
     ],
 )
 def test_mrs_takes_little_more_than_a_forward_and_backward_at_its_batch(method, net):
-    """Model included; with many images, and with so few that the weights are most of it; a set in two parts alike."""
-    size = 8 if net == "resnet" else 2
+    """Model included; a set in two parts alike. Passes are tried on two single images, which are among few images."""
+    size = 8 if net == "resnet" else 4
     images, labels = batch(2 * size)
 
     def step():
