@@ -266,6 +266,13 @@ class MRPFConfig(TrainingArguments):
             adam_arguments(self)
         if self.fp16:
             LOGGER.warning("--fp16: gradients of training attacks underflow in part; give --bf16 if the device has it.")
+        if self.n_gpu > 1:
+            LOGGER.warning(
+                "%d GPUs in one process: attacks, which are most of the work, run on the first of them alone, on "
+                "batches %d times as large. Start one process for each (accelerate launch --multi_gpu), or show this "
+                "one a single GPU (CUDA_VISIBLE_DEVICES=0).",
+                *(self.n_gpu, self.n_gpu),
+            )
         if self.device.type in ("cpu", "mps"):
             self.dataloader_pin_memory = False  # torch warns at every loader otherwise
         in_half = self.device.type == "cpu" and self.attack_dtype == "bfloat16"
