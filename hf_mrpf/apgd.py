@@ -83,7 +83,8 @@ def apgd_attack(
                 else F.cross_entropy(logits, labels, reduction="none")
             )
             (gradient,) = torch.autograd.grad(loss.sum(), leaf)
-        return loss.detach(), gradient, surely_wrong(logits.detach(), labels)
+        # A copy, as it is kept: a network compiled into CUDA graphs writes its next gradient over this one.
+        return loss.detach(), gradient.clone(), surely_wrong(logits.detach(), labels)
 
     targeted, targets = targets is not None, labels if targets is None else targets.detach()
     with under_attack(model, images), torch.no_grad():

@@ -266,13 +266,21 @@ class MRPFConfig(TrainingArguments):
             adam_arguments(self)
         if self.fp16:
             LOGGER.warning("--fp16: gradients of training attacks underflow in part; give --bf16 if the device has it.")
-        if self.device.type == "cpu":
+        if self.n_gpu > 1:
+            LOGGER.warning(
+                "%d GPUs in one process: attacks, which are most of the work, run on the first of them alone, on "
+                "batches %d times as large. Start one process for each (accelerate launch --multi_gpu), or show this "
+                "one a single GPU (CUDA_VISIBLE_DEVICES=0).",
+                *(self.n_gpu, self.n_gpu),
+            )
+        if self.device.type in ("cpu", "mps"):
             self.dataloader_pin_memory = False  # torch warns at every loader otherwise
-            if self.attack_dtype == "bfloat16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-                LOGGER.warning(
-                    "--attack_dtype bfloat16: this processor has no instructions for it and will be many times slower "
-                    "than in float32; leave the option out."
-                )
+        in_half = self.device.type == "cpu" and self.attack_dtype == "bfloat16"
+        if in_half and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            LOGGER.warning(
+                "--attack_dtype bfloat16: this processor has no instructions for it and will be many times slower "
+                "than in float32; leave the option out."
+            )
 
     def _check_values(self) -> None:
         if not callable(self.objective):

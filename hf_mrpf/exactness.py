@@ -106,7 +106,12 @@ def _randomised(model: nn.Module, generator: torch.Generator, dtype: torch.dtype
         fan_in = tensor[0].numel()
         return numbers[fan_in].narrow(0, next(places[fan_in]), tensor.numel()).view(tensor.shape)
 
-    return twin(model, random).eval()
+    made = twin(model, random).eval()
+    for module in made.modules():
+        # What is no buffer does not follow the module: a mean that was put on a GPU by hand is still there.
+        kept = {name: value.cpu() for name, value in vars(module).items() if isinstance(value, Tensor)}
+        vars(module).update(kept)
+    return made
 
 
 @contextmanager

@@ -52,7 +52,8 @@ def random(
     from torch_pruning.pruner.importance import RandomImportance
 
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.manual_seed(seed)
+        # Not torch.manual_seed: it seeds the generators of all GPUs too, which are not forked.
+        torch.default_generator.manual_seed(seed)
         return _score(RandomImportance(), groups)
 
 

@@ -52,7 +52,10 @@ class MeasuringTrainer(PixelTrainer):
         with in_own_dtype(attacked):
             adversarial = pgd_attack(attacked, images, labels, attack, start=start)
             with torch.no_grad():
-                logits, adversarial_logits = (logits_of(attacked(x)).float() for x in (images, adversarial))
+                # Copies: a network compiled into CUDA graphs writes its next output over the last one.
+                logits, adversarial_logits = (
+                    logits_of(attacked(x)).to(torch.float32, copy=True) for x in (images, adversarial)
+                )
         loss = nn.functional.cross_entropy(logits, labels)
         return (loss, None, None) if prediction_loss_only else (loss, (logits, adversarial_logits), labels)
 

@@ -88,7 +88,8 @@ def trades(
         check_pixels(images)
         attacked = _attacked(model, attacked)
         with torch.no_grad(), eval_mode(attacked):
-            constant = logits_of(attacked(images))
+            # A copy: a network compiled into CUDA graphs writes its next output over this one.
+            constant = logits_of(attacked(images)).clone()
         start = images + 0.001 * torch.randn_like(images)
         adversarial_images = pgd_attack(attacked, images, constant, attack, loss="kl", start=start)
     logits = logits_of(model(images))

@@ -93,13 +93,14 @@ class RobustLoss:
             prefix = self.rehearsal[0]
             try:
                 # Twice, as what is kept must not change; after the other image, as nothing of that must be found.
-                kept = [logits_of(prefix()) for _ in range(2)]
+                # Copies: a network compiled into CUDA graphs writes its next output over the last one.
+                kept = [logits_of(prefix()).clone() for _ in range(2)]
                 reason = "gives other logits"
             except Exception as error:  # whatever the network's own code raises where a part of it was left out
                 kept, reason = [], f"raises {type(error).__name__}"
             # One whole pass serves every target: what is folded for each only changes the rounding.
             if self.rehearsed is None or self.in_half:
-                self.rehearsed = logits_of(self.model(prefix.images))
+                self.rehearsed = logits_of(self.model(prefix.images)).clone()
         if kept and all(_is_close(logits, self.rehearsed) for logits in kept):
             return True
         for prefix in self.rehearsal:

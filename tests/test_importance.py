@@ -295,12 +295,14 @@ def test_fisher_of_queries_and_keys_is_that_of_a_gate_on_their_products():
     torch.testing.assert_close(scores["blocks.0.attn:v"], expected[2], rtol=1e-3, atol=1e-12)
 
 
-def test_random_is_seeded_and_leaves_the_random_state():
-    model = Chain()
+def test_random_is_seeded_and_leaves_the_random_state(monkeypatch):
+    model, seeded = Chain(), []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     groups, state = traced(model), torch.get_rng_state()
     first, again, other = (IMPORTANCES["random"](model, groups, (), seed) for seed in (3, 3, 4))
     assert torch.equal(first["conv"], again["conv"]) and not torch.equal(first["conv"], other["conv"])
     assert torch.equal(torch.get_rng_state(), state)
+    assert not seeded  # training draws from the generator of its GPU
 
 
 @pytest.mark.parametrize("name", IMPORTANCES)

@@ -596,3 +596,17 @@ def test_the_dtype_of_the_training_attack_is_a_setting_and_slow_where_it_has_no_
     assert (args.attack.dtype, args.eval_attack.dtype) == ("bfloat16", "float32")
     with pytest.raises(ValueError, match="dtype is 'half'; an attack computes in one of float32, bfloat16"):
         MRPFConfig(output_dir=str(tmp_path), use_cpu=True, attack_dtype="half")
+
+
+@pytest.mark.parametrize("kind, pins", [("cpu", False), ("mps", False), ("cuda", True)])
+def test_memory_is_pinned_only_where_torch_does_so_without_a_warning(tmp_path, monkeypatch, kind, pins):
+    monkeypatch.setattr(MRPFConfig, "device", torch.device(kind))
+    assert MRPFConfig(output_dir=str(tmp_path)).dataloader_pin_memory is pins
+
+
+@pytest.mark.parametrize("count, told", [(0, False), (1, False), (2, True)])
+def test_several_gpus_in_one_process_are_told_of(tmp_path, monkeypatch, caplog, count, told):
+    monkeypatch.setattr(MRPFConfig, "n_gpu", count)
+    with caplog.at_level("WARNING", "hf_mrpf"):
+        MRPFConfig(output_dir=str(tmp_path), use_cpu=True)
+    assert ("2 GPUs in one process" in caplog.text) is told
