@@ -88,6 +88,7 @@ PLACES = (
     ("narrow_vgg", "macs", 0.125),
     ("mobilenet", "macs", 0.125),
     ("mobilenet_longer", "macs", 0.3),
+    ("mobilevit", "macs", 0.3),
 )
 Cell = dict[str, Any]
 
