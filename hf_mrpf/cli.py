@@ -119,6 +119,8 @@ class ModelArguments:
             _check_place(self.model_name_or_path)
         if self.backbone_kwargs is not None:
             _json_object(self.backbone_kwargs)
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"--image_size {self.image_size} must be a number of pixels, at least 1.")
         for name in ("control_epochs", "base_epochs"):
             _check_epochs(name, getattr(self, name))
 
@@ -309,6 +311,31 @@ def own_config(name: str | None, revision: str | None = None) -> "PrunedConfig |
     return PrunedConfig.from_dict(values)
 
 
+def starting_config(arguments: ModelArguments) -> "PrunedConfig | None":
+    """
+    As [`own_config`], of the model that the options name.
+
+    Raises:
+        ValueError: where that is a model of this library and an option asks for another network than the saved one.
+    """
+    config = own_config(arguments.model_name_or_path, arguments.model_revision)
+    if config is None:
+        return None
+    asked = {
+        f"--backbone_kwargs '{arguments.backbone_kwargs}'": arguments.backbone_kwargs is not None,
+        "--pretrained": arguments.pretrained,
+        "--small_images": arguments.small_images and not config.small_images,
+        f"--image_size {arguments.image_size}": arguments.image_size not in (None, config.image_size),
+    }
+    if others := [option for option, differs in asked.items() if differs]:
+        raise ValueError(
+            f"{', '.join(others)}: {arguments.model_name_or_path} is a model of this library, which stays the network "
+            f"that was saved, for images of {config.image_size} pixels. Leave that out, or start from an architecture, "
+            "such as timm/resnet18."
+        )
+    return config
+
+
 def starts_fresh(arguments: ModelArguments) -> bool:
     """Whether the named model is a bare architecture, with random weights."""
     name = str(arguments.model_name_or_path).removeprefix("timm/")
@@ -324,7 +351,7 @@ def build_model(arguments: ModelArguments, data: "ImageData") -> "PrunedForImage
         raise ValueError(
             "--model_name_or_path is missing; give a timm name such as timm/resnet18, or a model's folder."
         )
-    if config := own_config(name, arguments.model_revision):
+    if config := starting_config(arguments):
         model = PrunedForImageClassification.from_pretrained(name, revision=arguments.model_revision)
         if config.num_labels != len(data.class_names):
             return with_new_head(model, dict(enumerate(data.class_names)))
