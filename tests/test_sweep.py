@@ -140,6 +140,12 @@ def test_small_and_set_change_the_file(config):
             "'narrow' stands for options .* './mine' is none of .*narrow\\. Pick names alone",
         ),
         (["grid.method={a: {eps: 1}}", "grid.method=[a, b]"], "'a' stands for options of the file, and 'b' is none"),
+        (
+            ["grid.method={LAMP: {importance: lamp}}"],
+            "'magnitude' of the axis importance sets importance to 'magnitude', and 'LAMP' of the axis method, which .* "
+            "to 'lamp'. Let one",
+        ),
+        (["grid.allocation={all: {allocation: mrs, target: 0.3}}"], "0.5 of the axis target sets target to 0.5, and"),
         (["grid.architecture=[narrow, [1]]"], r"'narrow' stands for options of the file, and \[1\] is none"),
     ],
 )
