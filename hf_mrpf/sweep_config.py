@@ -127,6 +127,11 @@ def _checked(content: dict[str, Any], always: Options) -> SweepConfig:
                     f'figure. Change the grid instead: --set "{place}".'
                 )
     _refuse_two_values(content["grid"])
+    if not content["name"] or not isinstance(content["name"], str) or Path(content["name"]).name != content["name"]:
+        raise ValueError(
+            f"name is {content['name']!r}; figures and tables are files of that name in output_dir, so a text without "
+            "folders is needed, such as my-sweep."
+        )
     if not content["grid"]:
         raise ValueError(f"grid is empty; give at least one axis: {', '.join(AXES)}.")
     content["controls"] = _controls(dict(_mapping("controls", content.get("controls"))), content["grid"])
