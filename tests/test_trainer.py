@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Array3D, ClassLabel, Dataset, Features, Value
 from torch import nn
-from transformers import TrainerCallback
+from transformers import ResNetConfig, ResNetForImageClassification, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_mrpf import (
@@ -102,6 +102,21 @@ def test_rslad_distils_from_the_teacher_and_refuses_to_do_without_one(tmp_path, 
     moved = student[-1].bias.detach() - bias
     assert moved[3] > 0 and (moved.sum() - moved[3]) < 0
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_a_model_that_could_not_be_loaded_again_is_told_of_before_it_is_pruned(tmp_path, data, caplog):
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    plain = ResNetForImageClassification(ResNetConfig(num_labels=10, **sizes))
+    wrapped = PrunedForImageClassification.from_backbone(plain, image_size=16)
+    told = "ResNetForImageClassification has no record of what is pruned: from_pretrained will refuse"
+    for network in (plain, plain_net(), wrapped):
+        caplog.clear()
+        trainer = MRPFTrainer(network, quick(tmp_path, allocation="uniform", repair=False), data.train)
+        trainer.prune()
+        assert (told in caplog.text) == (network is plain)
+    plain.save_pretrained(tmp_path / "plain")
+    with pytest.raises(RuntimeError):
+        ResNetForImageClassification.from_pretrained(tmp_path / "plain")
 
 
 @pytest.mark.parametrize("optim", ["sgd", pytest.param("adam", marks=pytest.mark.slow)])
