@@ -116,7 +116,7 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         if self.model_name_or_path is not None:
-            _check_place(self.model_name_or_path)
+            check_place(self.model_name_or_path)
         if self.backbone_kwargs is not None:
             _json_object(self.backbone_kwargs)
         if self.image_size is not None and self.image_size < 1:
@@ -301,7 +301,7 @@ def own_config(name: str | None, revision: str | None = None) -> "PrunedConfig |
     """The config of `name` where it is a folder or Hub id of a model that this library saved, else None."""
     if name is None or name.startswith("timm/") or ("/" not in name and not Path(name).is_dir()):
         return None
-    _check_place(name)
+    check_place(name)
     from .modeling import PrunedConfig
 
     # Not AutoConfig: of a model that is not ours it may ask whether to run code.
@@ -374,6 +374,16 @@ def build_model(arguments: ModelArguments, data: "ImageData") -> "PrunedForImage
     )
 
 
+def check_place(name: str, option: str = "--model_name_or_path") -> None:
+    """Refuse (ValueError) the name of a model, given as `option`, that is a path to none."""
+    if name.startswith("timm/"):
+        return
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ValueError(f"{option} {name} is a folder without config.json, so it holds no model.")
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise ValueError(f"{option} {name}: there is no such folder.")
+
+
 def check_comparable(model: "PrunedForImageClassification", dense: "PrunedForImageClassification", parent: str) -> None:
     """
     Refuse a dense model that does another job than `model`: figures of both side by side would mean nothing.
@@ -387,15 +397,6 @@ def check_comparable(model: "PrunedForImageClassification", dense: "PrunedForIma
             f"{parent} takes images of {theirs[0]} pixels and has {theirs[1]} classes, the model {ours[0]} pixels and "
             f"{ours[1]} classes: give the dense model that it was pruned from."
         )
-
-
-def _check_place(name: str) -> None:
-    if name.startswith("timm/"):
-        return
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise ValueError(f"--model_name_or_path {name} is a folder without config.json, so it holds no model.")
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise ValueError(f"--model_name_or_path {name}: there is no such folder.")
 
 
 def _json_object(text: str) -> dict[str, Any]:
