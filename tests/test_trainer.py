@@ -7,7 +7,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from datasets import Array3D, ClassLabel, Dataset, Features, Value
+from datasets import Array3D, ClassLabel, Dataset, DatasetDict, Features, Value
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -400,6 +400,8 @@ def test_bad_models_and_data_are_refused_before_anything_is_written(tmp_path, da
     )
     with pytest.raises(ValueError, match="data set has 10 classes and the model 3"):
         MRPFTrainer(small, quick(folder), data.train)
+    with pytest.raises(ValueError, match=r"train_dataset holds several splits \(train\); hand over one of them"):
+        MRPFTrainer(plain_net(), quick(folder), DatasetDict(train=data.train))
     assert not folder.exists()
 
 
