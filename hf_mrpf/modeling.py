@@ -155,6 +155,14 @@ class PrunedConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in transformers; every refusal of the values is a `ValueError` that names the file and the key."""
+        values = config_dict if isinstance(config_dict, dict) else {}  # transformers refuses what is none
+        kind = values.get("model_type", cls.model_type)
+        if kind != cls.model_type or "pretrained_cfg" in values:  # timm's files have no model_type
+            saved_by = "timm" if "pretrained_cfg" in values else f"model_type {reprlib.repr(kind)}"
+            raise ValueError(
+                f"config.json: this is a model of {saved_by}, and only saved models of this class are loaded "
+                f"({cls.model_type!r}): start from that one by PrunedForImageClassification.from_backbone"
+            )
         try:
             _check_number_kept(super().from_dict, config_dict, kwargs)
             return super().from_dict(config_dict, **kwargs)

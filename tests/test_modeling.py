@@ -671,6 +671,17 @@ def test_logits_are_bit_equal_after_loading(saved, kwargs):
         assert torch.equal(loaded(images).logits, logits)
 
 
+@pytest.mark.parametrize("saved_by", ["model_type 'vit'", "timm"])
+def test_a_model_that_another_class_saved_is_told_as_one_and_not_as_a_damaged_one(saved_by, tmp_path):
+    ViTForImageClassification(ViTConfig(**TINY_VIT, image_size=16, patch_size=8)).save_pretrained(tmp_path)
+    if saved_by == "timm":
+        (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_tiny", "pretrained_cfg": {}}))
+    told = f"this is a model of {saved_by}, and only saved models of this class are loaded .*: start from that one by"
+    for load in (from_pretrained, PrunedConfig.from_pretrained):
+        with pytest.raises(ValueError, match=told):
+            load(tmp_path)
+
+
 def test_loaded_weights_lie_where_an_allocator_puts_them(saved):
     # In the file most do not, and some kernels add in another order then: the last bits of logits would differ.
     def astray(tensors):
