@@ -116,9 +116,11 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         if self.model_name_or_path is not None:
-            _check_place(self.model_name_or_path)
+            check_place(self.model_name_or_path)
         if self.backbone_kwargs is not None:
             _json_object(self.backbone_kwargs)
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"--image_size {self.image_size} must be a number of pixels, at least 1.")
         for name in ("control_epochs", "base_epochs"):
             _check_epochs(name, getattr(self, name))
 
@@ -299,7 +301,7 @@ def own_config(name: str | None, revision: str | None = None) -> "PrunedConfig |
     """The config of `name` where it is a folder or Hub id of a model that this library saved, else None."""
     if name is None or name.startswith("timm/") or ("/" not in name and not Path(name).is_dir()):
         return None
-    _check_place(name)
+    check_place(name)
     from .modeling import PrunedConfig
 
     # Not AutoConfig: of a model that is not ours it may ask whether to run code.
@@ -307,6 +309,31 @@ def own_config(name: str | None, revision: str | None = None) -> "PrunedConfig |
     if values.get("model_type") != PrunedConfig.model_type:
         return None
     return PrunedConfig.from_dict(values)
+
+
+def starting_config(arguments: ModelArguments) -> "PrunedConfig | None":
+    """
+    As [`own_config`], of the model that the options name.
+
+    Raises:
+        ValueError: where that is a model of this library and an option asks for another network than the saved one.
+    """
+    config = own_config(arguments.model_name_or_path, arguments.model_revision)
+    if config is None:
+        return None
+    asked = {
+        f"--backbone_kwargs '{arguments.backbone_kwargs}'": arguments.backbone_kwargs is not None,
+        "--pretrained": arguments.pretrained,
+        "--small_images": arguments.small_images and not config.small_images,
+        f"--image_size {arguments.image_size}": arguments.image_size not in (None, config.image_size),
+    }
+    if others := [option for option, differs in asked.items() if differs]:
+        raise ValueError(
+            f"{', '.join(others)}: {arguments.model_name_or_path} is a model of this library, which stays the network "
+            f"that was saved, for images of {config.image_size} pixels. Leave that out, or start from an architecture, "
+            "such as timm/resnet18."
+        )
+    return config
 
 
 def starts_fresh(arguments: ModelArguments) -> bool:
@@ -324,7 +351,7 @@ def build_model(arguments: ModelArguments, data: "ImageData") -> "PrunedForImage
         raise ValueError(
             "--model_name_or_path is missing; give a timm name such as timm/resnet18, or a model's folder."
         )
-    if config := own_config(name, arguments.model_revision):
+    if config := starting_config(arguments):
         model = PrunedForImageClassification.from_pretrained(name, revision=arguments.model_revision)
         if config.num_labels != len(data.class_names):
             return with_new_head(model, dict(enumerate(data.class_names)))
@@ -347,6 +374,16 @@ def build_model(arguments: ModelArguments, data: "ImageData") -> "PrunedForImage
     )
 
 
+def check_place(name: str, option: str = "--model_name_or_path") -> None:
+    """Refuse (ValueError) the name of a model, given as `option`, that is a path to none."""
+    if name.startswith("timm/"):
+        return
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ValueError(f"{option} {name} is a folder without config.json, so it holds no model.")
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise ValueError(f"{option} {name}: there is no such folder.")
+
+
 def check_comparable(model: "PrunedForImageClassification", dense: "PrunedForImageClassification", parent: str) -> None:
     """
     Refuse a dense model that does another job than `model`: figures of both side by side would mean nothing.
@@ -360,15 +397,6 @@ def check_comparable(model: "PrunedForImageClassification", dense: "PrunedForIma
             f"{parent} takes images of {theirs[0]} pixels and has {theirs[1]} classes, the model {ours[0]} pixels and "
             f"{ours[1]} classes: give the dense model that it was pruned from."
         )
-
-
-def _check_place(name: str) -> None:
-    if name.startswith("timm/"):
-        return
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise ValueError(f"--model_name_or_path {name} is a folder without config.json, so it holds no model.")
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise ValueError(f"--model_name_or_path {name}: there is no such folder.")
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -33,6 +33,33 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _changed(
+    options: dict[str, float | bool], optim_args: str | None, optim: str, numbers: str, example: str
+) -> dict[str, float | bool]:
+    """`options` of an optimizer with what `optim_args` change of them, or a ValueError that says what it takes."""
+    changed = dict(options)
+    try:
+        for pair in optim_args.replace(" ", "").split(",") if optim_args else []:
+            name, value = pair.split("=")
+            changed[name] = SWITCHES[value.lower()] if isinstance(options[name], bool) else float(value)
+    except (KeyError, ValueError) as error:
+        switch = next(name for name, value in options.items() if isinstance(value, bool))
+        raise ValueError(
+            f"optim_args={optim_args!r} do not fit optim {optim!r}, which takes {numbers} (numbers) and {switch} (true "
+            f"or false), as in {example}; weight decay is an option of its own."
+        ) from error
+    return changed
+
+
+def check_sgd_arguments(optim_args: str | None) -> None:
+    """
+    Refuse (ValueError) `optim_args` that are none of SGD's: transformers passes over a name that it does not know, and
+    over a weight decay, which is a setting of each group of parameters.
+    """
+    options: dict[str, float | bool] = {"momentum": 0.0, "dampening": 0.0, "nesterov": False}
+    _changed(options, optim_args, "sgd", "momentum and dampening", SGD_ARGUMENTS)
+
+
 def adam_arguments(args: TrainingArguments) -> dict[str, Any]:
     """
     Keywords of `torch.optim.Adam`: those of `TrainingArguments`, and what `optim_args` change of them.
@@ -46,16 +73,7 @@ def adam_arguments(args: TrainingArguments) -> dict[str, Any]:
         "eps": args.adam_epsilon,
         "amsgrad": False,
     }
-    pairs = args.optim_args.replace(" ", "").split(",") if args.optim_args else []
-    try:
-        for pair in pairs:
-            name, value = pair.split("=")
-            options[name] = SWITCHES[value.lower()] if isinstance(options[name], bool) else float(value)
-    except (KeyError, ValueError) as error:
-        raise ValueError(
-            f"optim_args={args.optim_args!r} do not fit optim 'adam', which takes beta1, beta2 and eps (numbers) and "
-            "amsgrad (true or false), as in beta2=0.99,amsgrad=true; weight decay is an option of its own."
-        ) from error
+    options = _changed(options, args.optim_args, "adam", "beta1, beta2 and eps", "beta2=0.99,amsgrad=true")
     betas = (options.pop("beta1"), options.pop("beta2"))
     return {"lr": args.learning_rate, "betas": betas, **options}
 
@@ -258,6 +276,8 @@ class MRPFConfig(TrainingArguments):
             self.optim_args = None  # those of a configuration for SGD that this one is a changed copy of
         if self.learning_rate is None:
             self.learning_rate = SGD_LEARNING_RATE if wanted == "sgd" else ADAM_LEARNING_RATE
+        if wanted == "sgd":
+            check_sgd_arguments(self.optim_args)
         # transformers knows AdamW only; plain Adam is what the pruning literature compares SGD with.
         self.optim = "adamw_torch" if wanted == "adam" else wanted
         super().__post_init__()
@@ -333,9 +353,9 @@ class MRPFConfig(TrainingArguments):
             )
         if not (_is_number(self.gamma) and 0 <= self.gamma <= 1):
             raise ValueError(f"gamma={self.gamma} must be in [0, 1]: a fraction of the norm of a module's weights.")
-        for name in ("beta", "num_train_epochs"):
+        for name in ("beta", "num_train_epochs", "weight_decay", "learning_rate"):
             value = getattr(self, name)
-            if not (_is_number(value) and value >= 0):
+            if (name, value) != ("learning_rate", None) and not (_is_number(value) and value >= 0):
                 raise ValueError(f"{name}={value} must be a finite number, at least 0.")
         if isinstance(self.ignore, str):
             raise ValueError(f"ignore={self.ignore!r} is one name; give a list of names, such as [{self.ignore!r}].")

@@ -117,6 +117,8 @@ def evaluate_robustness(
         if not all_images and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             advice = ", or None for all images" if option == "num_samples" else ""
             raise ValueError(f"{option} is {value!r}; it must be an integer of at least 1{advice}.")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed is {seed!r}; it must be an integer of at least 0.")
     weight = next(model.parameters(), torch.zeros(()))
     processes = Processes.of(distributed)
     subject = {"norm": attack.norm, "eps": attack.eps, "step_size": attack.step_size, "seed": seed}

@@ -155,6 +155,14 @@ class PrunedConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in transformers; every refusal of the values is a `ValueError` that names the file and the key."""
+        values = config_dict if isinstance(config_dict, dict) else {}  # transformers refuses what is none
+        kind = values.get("model_type", cls.model_type)
+        if kind != cls.model_type or "pretrained_cfg" in values:  # timm's files have no model_type
+            saved_by = "timm" if "pretrained_cfg" in values else f"model_type {reprlib.repr(kind)}"
+            raise ValueError(
+                f"config.json: this is a model of {saved_by}, and only saved models of this class are loaded "
+                f"({cls.model_type!r}): start from that one by PrunedForImageClassification.from_backbone"
+            )
         try:
             _check_number_kept(super().from_dict, config_dict, kwargs)
             return super().from_dict(config_dict, **kwargs)
@@ -291,7 +299,7 @@ class PrunedForImageClassification(PreTrainedModel):
         if isinstance(backbone, str):
             name = _timm_name(backbone)
             start = (
-                _from_hub(backbone, labels, image_size, backbone_kwargs, revision)
+                _from_hub(backbone, labels, image_size, backbone_kwargs, revision, None not in (image_mean, image_std))
                 if name is None
                 else _from_timm_name(name, labels, image_size, backbone_kwargs, revision, pretrained=pretrained)
             )
@@ -1273,9 +1281,9 @@ def _from_transformers_model(
 
 
 def _from_hub(
-    name: str, labels: int | None, size: int | None, kwargs: dict[str, Any], revision: str | None
+    name: str, labels: int | None, size: int | None, kwargs: dict[str, Any], revision: str | None, normalised: bool
 ) -> dict[str, Any]:
-    """From a repository or folder in the format of transformers, or of timm."""
+    """From a repository or folder in the format of transformers or of timm; `normalised`: mean and std are given."""
     # No recipe could hold code of the repository's own; None would ask on the terminal whether to run it.
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     values, _ = PrunedConfig.get_config_dict(name, revision=revision)
@@ -1299,7 +1307,7 @@ def _from_hub(
             model, info = AutoModelForImageClassification.from_pretrained(
                 name, config=config, use_safetensors=True, output_loading_info=True, **options
             )
-            processor = AutoImageProcessor.from_pretrained(name, **options)
+            processor = _own_processor(name, normalised, options)
     except torch.OutOfMemoryError:
         raise
     except (SafetensorError, RuntimeError) as error:
@@ -1309,6 +1317,8 @@ def _from_hub(
     if lost := sorted(key for key in info["missing_keys"] if shapes.get(key, ())[:1] != (config.num_labels,)):
         raise ValueError(f"{_place(name, lost[0])} lacks {lost[0]!r} ({len(lost)} such tensors)")
     found = _from_transformers_model(model, labels, size, kwargs)
+    if processor is None:
+        return found
     try:
         found |= _normalisation(processor)
     except ValueError as error:
@@ -1320,6 +1330,22 @@ def _from_hub(
         first = next(module for module in found["network"].modules() if isinstance(module, nn.Conv2d))
         first.weight.data = first.weight.data.flip(1)
     return found
+
+
+def _own_processor(name: str, normalised: bool, options: dict[str, Any]) -> Any:
+    """The image processor beside the weights; None where there is none, and none is needed."""
+    try:
+        return AutoImageProcessor.from_pretrained(name, **options)
+    except OSError as error:
+        quiet = {"_raise_exceptions_for_missing_entries": False, "revision": options["revision"]}
+        if any(cached_file(name, file, **quiet) for file in ("preprocessor_config.json", "processor_config.json")):
+            raise
+        if normalised:
+            return None
+        raise OSError(
+            f"{name}: there is no preprocessor_config.json that says which normalisation its weights were trained "
+            f"with. Save the image processor beside them, or give image_mean and image_std. {error}"
+        ) from error
 
 
 def _normalisation(processor: Any) -> dict[str, list[float]]:

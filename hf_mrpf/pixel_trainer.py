@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset
@@ -41,6 +42,11 @@ class PixelTrainer(PublishingTrainer):
         self._image_size = getattr(getattr(model, "config", None), "image_size", None)
         self._num_labels = getattr(getattr(model, "config", None), "num_labels", None)
         self._class_names = model_class_names(model)
+        if isinstance(train_dataset, Mapping):
+            splits = ", ".join(map(str, train_dataset))
+            raise ValueError(
+                f"train_dataset holds several splits ({splits}); hand over one of them, such as ['train']."
+            )
         with args.main_process_first(desc="decoding of images"):  # the others find them in the cache
             train_dataset = self._pixels(train_dataset)
             if isinstance(train_dataset, Dataset) and not self._class_names:

@@ -141,12 +141,16 @@ def table_cells(rows: Sequence[ResultRow], *, intervals: bool = True) -> list[li
 
 
 def markdown_table(cells: Sequence[Sequence[str]]) -> str:
-    """A pipe table; empty without any line below the heading."""
+    """A pipe table, in which a name with a pipe stays one cell; empty without any line below the heading."""
     if len(cells) < 2:
         return ""
-    heading, *lines = (f"| {' | '.join(line)} |" for line in cells)
+    heading, *lines = (f"| {' | '.join(map(_one_cell, line))} |" for line in cells)
     rule = "| " + " | ".join(["---", *["---:"] * (len(cells[0]) - 1)]) + " |"
     return "\n".join([heading, rule, *lines])
+
+
+def _one_cell(text: str) -> str:
+    return " ".join(text.replace("|", r"\|").splitlines())
 
 
 def attack_title(name: str, settings: Mapping[str, Any] | None = None) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,11 +126,29 @@ def _checked(content: dict[str, Any], always: Options) -> SweepConfig:
                     f"--set {option}: {label!r} of the axis {axis} sets it, and would stand for something else in the "
                     f'figure. Change the grid instead: --set "{place}".'
                 )
+    _refuse_two_values(content["grid"])
+    if not content["name"] or not isinstance(content["name"], str) or Path(content["name"]).name != content["name"]:
+        raise ValueError(
+            f"name is {content['name']!r}; figures and tables are files of that name in output_dir, so a text without "
+            "folders is needed, such as my-sweep."
+        )
     if not content["grid"]:
         raise ValueError(f"grid is empty; give at least one axis: {', '.join(AXES)}.")
     content["controls"] = _controls(dict(_mapping("controls", content.get("controls"))), content["grid"])
     content["show"] = dict(_mapping("show", content.get("show")))
     return SweepConfig(**content, always=always)
+
+
+def _refuse_two_values(grid: Mapping[str, Mapping[Any, Options]]) -> None:
+    """Of two axes that set one option the later would win, and what is drawn would tell of the other's value."""
+    for (axis, values), (other, further) in itertools.combinations(grid.items(), 2):
+        for (label, options), (beside, others) in itertools.product(values.items(), further.items()):
+            for option in options.keys() & others.keys():
+                if options[option] != others[option]:
+                    raise ValueError(
+                        f"grid: {label!r} of the axis {axis} sets {option} to {options[option]!r}, and {beside!r} of "
+                        f"the axis {other}, which it meets, to {others[option]!r}. Let one of the two axes set it."
+                    )
 
 
 def _values(axis: str, values: Any) -> dict[Any, Options]:

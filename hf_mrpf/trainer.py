@@ -59,7 +59,8 @@ class MRPFTrainer(OptimizingTrainer):
 
     Args:
         model (`PreTrainedModel` or `torch.nn.Module`):
-            Classifier of pixels [N, 3, H, W] in [0, 1] that returns logits, or an output with `.logits`.
+            Classifier of pixels [N, 3, H, W] in [0, 1] that returns logits, or an output with `.logits`. Only a
+            [`PrunedForImageClassification`] can be loaded again after it was pruned.
         args ([`MRPFConfig`]):
             All settings.
         train_dataset (`datasets.Dataset`):
@@ -171,6 +172,12 @@ class MRPFTrainer(OptimizingTrainer):
                 f"{type(self.train_dataset).__name__}."
             )
         args, model = self.args, self.accelerator.unwrap_model(self.model)
+        if isinstance(model, PreTrainedModel) and not isinstance(model, PrunedForImageClassification):
+            LOGGER.warning(
+                "%s has no record of what is pruned: from_pretrained will refuse what this trainer saves. To load the "
+                "pruned model again, train PrunedForImageClassification.from_backbone(model) in its place.",
+                type(model).__name__,
+            )
         calibration = calibration_batches(
             self.train_dataset, args.calibration_sets, args.calibration_set_size, seed=args.seed
         )

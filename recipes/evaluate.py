@@ -26,7 +26,7 @@ from transformers.utils import cached_file
 
 from hf_mrpf import AttackConfig, PrunedForImageClassification
 from hf_mrpf.class_names import check_class_names, model_class_names
-from hf_mrpf.cli import DataArguments, check_comparable, load_data, number
+from hf_mrpf.cli import DataArguments, check_comparable, check_place, load_data, number
 from hf_mrpf.console import quieten, report_errors
 from hf_mrpf.data import ImageData
 from hf_mrpf.evaluation import evaluate_robustness
@@ -70,6 +70,9 @@ def main() -> None:
         raise ValueError(f"--output {arguments.output}: there is no such folder to write to.")
     if arguments.output and Path(arguments.output).is_dir():
         raise ValueError(f"--output {arguments.output} is a folder; name a file in it, such as report.json.")
+    check_place(arguments.model, "model")
+    if arguments.parent:
+        check_place(arguments.parent, "--parent")
     model = PrunedForImageClassification.from_pretrained(arguments.model, revision=arguments.revision)
     parent = PrunedForImageClassification.from_pretrained(arguments.parent) if arguments.parent else None
     if parent is not None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from hf_mrpf import PrunedForImageClassification
-from hf_mrpf.cli import check_comparable
+from hf_mrpf.cli import check_comparable, check_place
 from hf_mrpf.console import quieten, report_errors
 from hf_mrpf.efficiency import measure_latency, processor_name
 from hf_mrpf.export import FORMATS, ExportedFile, export_model, load_exported
@@ -49,6 +49,9 @@ def main() -> None:
     quieten()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
+    check_place(arguments.model, "model")
+    if arguments.dense:
+        check_place(arguments.dense, "--dense")
     model = PrunedForImageClassification.from_pretrained(arguments.model, revision=arguments.revision)
     models = {}
     # In the folder of recipes/train.py the dense stage is the model itself.

@@ -45,7 +45,7 @@ import torch
 from transformers import TrainerCallback
 
 from hf_mrpf import PrunedForImageClassification, PruningPlan, RobustnessReport
-from hf_mrpf.cli import ModelArguments, RoundArguments, build_model, load_data, own_config, run_settings
+from hf_mrpf.cli import ModelArguments, RoundArguments, build_model, load_data, run_settings, starting_config
 from hf_mrpf.console import announce, quieten, report_errors, say, show
 from hf_mrpf.data import ImageData, calibration_batches
 from hf_mrpf.delivery import check_repository_id, push_result, repository, shown_again
@@ -105,7 +105,7 @@ def main() -> None:
     check_repository_id(args)
     if find_spec("matplotlib") is None:
         raise ImportError("The picture of the pruning plan needs matplotlib: pip install hf-mrpf[plots].")
-    start = own_config(model_args.model_name_or_path, model_args.model_revision)
+    start = starting_config(model_args)
     with args.main_process_first(desc="decoding of images"):  # the others find them in the cache
         data = load_data(data_args, model_args.image_size or (start and start.image_size))
     settle_augmentation(data, args)

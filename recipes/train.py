@@ -44,7 +44,7 @@ if __name__ == "__main__":
 import torch
 
 from hf_mrpf import RobustnessReport
-from hf_mrpf.cli import build_model, load_data, own_config, run_settings
+from hf_mrpf.cli import build_model, load_data, run_settings, starting_config
 from hf_mrpf.console import announce, quieten, report_errors, show
 from hf_mrpf.data import ImageData
 from hf_mrpf.delivery import check_repository_id, push_result, repository, shown_again
@@ -93,7 +93,7 @@ def main() -> None:
 
     check_forced_place(run, args)
     check_repository_id(args)
-    start = own_config(model_args.model_name_or_path, model_args.model_revision)
+    start = starting_config(model_args)
     with args.main_process_first(desc="decoding of images"):  # the others find them in the cache
         data = load_data(data_args, model_args.image_size or (start and start.image_size))
     settle_augmentation(data, args)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 
 import pytest
 from transformers import TrainingArguments
@@ -18,6 +19,7 @@ from hf_mrpf.cli import (
     number,
     own_config,
     run_settings,
+    starting_config,
 )
 from hf_mrpf.console import StageProgress, report_errors
 
@@ -93,6 +95,41 @@ def test_the_named_model_is_built_with_the_classes_and_statistics_of_the_data(da
     assert own_config("resnet18") is None
     again = build_model(ModelArguments(str(tmp_path / "model")), data)
     assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.fixture
+def saved(data, tmp_path):
+    """Folder of a model of this library for 16 pixels, not in the form for small images."""
+    build_model(ModelArguments("timm/resnet18", backbone_kwargs=NARROW), data).save_pretrained(tmp_path / "saved")
+    return str(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("changes", "option"),
+    [
+        ({"backbone_kwargs": '{"drop_rate": 0.5}'}, "--backbone_kwargs '{\"drop_rate\": 0.5}': "),
+        ({"pretrained": True}, "--pretrained: "),
+        ({"small_images": True}, "--small_images: "),
+        ({"image_size": 24}, "--image_size 24: "),
+        ({"image_size": 24, "small_images": True}, "--small_images, --image_size 24: "),
+    ],
+)
+def test_an_option_that_a_saved_model_cannot_follow_is_refused_and_not_passed_over(saved, changes, option):
+    with pytest.raises(ValueError, match=re.escape(option) + ".* is a model of this library.*images of 16 pixels"):
+        starting_config(ModelArguments(saved, **changes))
+
+
+def test_an_option_that_says_what_a_saved_model_is_changes_nothing(saved, data):
+    assert starting_config(ModelArguments(saved, image_size=16)).image_size == 16
+    assert starting_config(ModelArguments("timm/resnet18", image_size=24, pretrained=True)) is None
+    with pytest.raises(ValueError, match="--small_images: "):
+        build_model(ModelArguments(saved, small_images=True), data)
+
+
+@pytest.mark.parametrize("size", [0, -3])
+def test_an_image_size_that_is_none_is_refused_and_not_taken_for_one_not_given(size):
+    with pytest.raises(ValueError, match=f"--image_size {size} must be a number of pixels, at least 1"):
+        ModelArguments(image_size=size)
 
 
 def test_the_data_are_cut_as_by_default_whatever_the_seed_of_a_run(data):

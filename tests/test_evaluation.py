@@ -337,6 +337,9 @@ def test_other_bad_input_is_refused():
             evaluate_robustness(model, (images, labels), num_samples=wrong)
         with pytest.raises(ValueError, match=f"batch_size is {wrong}.*at least 1\\."):
             evaluate_robustness(model, (images, labels), batch_size=wrong)
+    for wrong in (-1, True, 2.5):
+        with pytest.raises(ValueError, match=f"seed is {wrong}; it must be an integer of at least 0"):
+            evaluate_robustness(model, (images, labels), seed=wrong)
 
 
 def test_logits_that_are_not_finite_name_the_image():

@@ -12,6 +12,7 @@ from hf_mrpf import AttackConfig
 from hf_mrpf.model_card import CardInfo, PlanSummary, ResultRow, render_card, results_table
 from hf_mrpf.named_attacks import ATTACKS, settings_of
 from hf_mrpf.report import RobustnessReport, wilson_interval
+from hf_mrpf.results import markdown_table
 
 COSTS = {"parameters": 157_042, "macs": 6_204_000, "file_size": 650_123, "latency": {"1": 1.512, "64": 21.53}}
 SETTINGS = {
@@ -251,6 +252,10 @@ def test_rows_measured_differently_share_no_table(info):
 def test_amounts_have_three_digits(info, parameters, shown):
     line = results_table([replace(info.rows[0], parameters=parameters)]).splitlines()[2]
     assert re.search(rf"  {re.escape(shown)}\s+6\.20 M", line)
+
+
+def test_a_name_with_a_pipe_or_a_line_break_stays_one_cell():
+    assert markdown_table([["method", "clean"], ["a | b\nc", "1 %"]]).splitlines()[-1] == r"| a \| b c | 1 % |"
 
 
 def test_plan_summary_reads_a_plan():

@@ -277,6 +277,22 @@ def test_transformers_folder_brings_its_normalisation_and_channel_order(tmp_path
     assert from_backbone(str(tmp_path)).config.image_mean == [0.1, 0.2, 0.3]
 
 
+def test_weights_without_a_processor_need_the_normalisation_to_be_given(tmp_path):
+    vit = ViTForImageClassification(ViTConfig(**TINY_VIT, image_size=16, patch_size=8, num_labels=3))
+    vit.save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="there is no preprocessor_config.json .* or give image_mean and image_std"):
+        from_backbone(str(tmp_path), image_mean=[0.1, 0.2, 0.3])
+    model = from_backbone(str(tmp_path), **CHANNELS)
+    assert (model.config.image_mean, model.config.image_std) == (CHANNELS["image_mean"], CHANNELS["image_std"])
+    images = torch.rand(2, 3, 16, 16)
+    mean, std = (torch.tensor(CHANNELS[name])[:, None, None] for name in ("image_mean", "image_std"))
+    assert torch.equal(model.eval()(images).logits, vit.eval()((images - mean) / std).logits)
+    # It may say more than mean and std, such as an order of the channels, so a damaged one is not passed over.
+    (tmp_path / "preprocessor_config.json").write_text("{")
+    with pytest.raises(OSError, match="preprocessor_config.json"):
+        from_backbone(str(tmp_path), **CHANNELS)
+
+
 CHANNELS = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
 
 
@@ -669,6 +685,17 @@ def test_logits_are_bit_equal_after_loading(saved, kwargs):
     assert isinstance(loaded, PrunedForImageClassification) and not loaded.training
     with torch.no_grad():
         assert torch.equal(loaded(images).logits, logits)
+
+
+@pytest.mark.parametrize("saved_by", ["model_type 'vit'", "timm"])
+def test_a_model_that_another_class_saved_is_told_as_one_and_not_as_a_damaged_one(saved_by, tmp_path):
+    ViTForImageClassification(ViTConfig(**TINY_VIT, image_size=16, patch_size=8)).save_pretrained(tmp_path)
+    if saved_by == "timm":
+        (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_tiny", "pretrained_cfg": {}}))
+    told = f"this is a model of {saved_by}, and only saved models of this class are loaded .*: start from that one by"
+    for load in (from_pretrained, PrunedConfig.from_pretrained):
+        with pytest.raises(ValueError, match=told):
+            load(tmp_path)
 
 
 def test_loaded_weights_lie_where_an_allocator_puts_them(saved):

@@ -133,3 +133,18 @@ def test_the_recipe_prints_what_fails_and_what_was_run(tmp_path, monkeypatch, ca
     printed = capsys.readouterr().out
     assert "warning: clean accuracy is near the 10.0% of guessing" in printed
     assert "apgd_ce" in printed and (tmp_path / "kept.jsonl").stat().st_size > 0
+
+
+@pytest.mark.parametrize("recipe", ["evaluate", "export"])
+@pytest.mark.parametrize("parent", [False, True])
+def test_a_folder_that_is_not_there_is_told_as_one(recipe, parent, tmp_path, monkeypatch, capsys):
+    sizes = {"layers": (1, 1, 1, 1), "channels": (8, 8, 8, 8)}
+    model = PrunedForImageClassification.from_backbone("timm/resnet18", num_labels=3, image_size=16, **sizes)
+    model.save_pretrained(tmp_path / "model")
+    option = {"evaluate": "--parent", "export": "--dense"}[recipe]
+    words = [str(tmp_path / "model"), option, "./nosuch"] if parent else ["./nosuch"]
+    monkeypatch.setattr(sys, "argv", [f"recipes/{recipe}.py", *words])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(RECIPE.with_name(f"{recipe}.py")), run_name="__main__")
+    named = option if parent else "model"
+    assert capsys.readouterr().err.endswith(f"error: {named} ./nosuch: there is no such folder.\n")

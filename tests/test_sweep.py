@@ -129,6 +129,9 @@ def test_small_and_set_change_the_file(config):
         (["grid.data={digits: {eps_: 0.1}}"], "grid.data.digits: 'eps_' is not known; known: .*eps"),
         (["prune.output_dir=x"], "settled by the sweep"),
         (["controls.from_scratch={importance: [lamp]}"], r"none of \['lamp'\] is in the grid"),
+        (["name=a/b"], "name is 'a/b'; figures and tables are files of that name .*a text without folders"),
+        (["name=7"], "name is 7; "),
+        (["name=''"], "name is ''; "),
         (["controls.longer=true"], "known: dense_longer, from_scratch"),
         (["common=[1]"], "common: .* must be a mapping"),
         (["eps=[1"], "not valid YAML"),
@@ -140,6 +143,12 @@ def test_small_and_set_change_the_file(config):
             "'narrow' stands for options .* './mine' is none of .*narrow\\. Pick names alone",
         ),
         (["grid.method={a: {eps: 1}}", "grid.method=[a, b]"], "'a' stands for options of the file, and 'b' is none"),
+        (
+            ["grid.method={LAMP: {importance: lamp}}"],
+            "'magnitude' of the axis importance sets importance to 'magnitude', and 'LAMP' of the axis method, .* to "
+            "'lamp'. Let one",
+        ),
+        (["grid.allocation={all: {allocation: mrs, target: 0.3}}"], "0.5 of the axis target sets target to 0.5, and"),
         (["grid.architecture=[narrow, [1]]"], r"'narrow' stands for options of the file, and \[1\] is none"),
     ],
 )

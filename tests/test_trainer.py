@@ -7,9 +7,9 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from datasets import Array3D, ClassLabel, Dataset, Features, Value
+from datasets import Array3D, ClassLabel, Dataset, DatasetDict, Features, Value
 from torch import nn
-from transformers import TrainerCallback
+from transformers import ResNetConfig, ResNetForImageClassification, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_mrpf import (
@@ -102,6 +102,21 @@ def test_rslad_distils_from_the_teacher_and_refuses_to_do_without_one(tmp_path, 
     moved = student[-1].bias.detach() - bias
     assert moved[3] > 0 and (moved.sum() - moved[3]) < 0
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_a_model_that_could_not_be_loaded_again_is_told_of_before_it_is_pruned(tmp_path, data, caplog):
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    plain = ResNetForImageClassification(ResNetConfig(num_labels=10, **sizes))
+    wrapped = PrunedForImageClassification.from_backbone(plain, image_size=16)
+    told = "ResNetForImageClassification has no record of what is pruned: from_pretrained will refuse"
+    for network in (plain, plain_net(), wrapped):
+        caplog.clear()
+        trainer = MRPFTrainer(network, quick(tmp_path, allocation="uniform", repair=False), data.train)
+        trainer.prune()
+        assert (told in caplog.text) == (network is plain)
+    plain.save_pretrained(tmp_path / "plain")
+    with pytest.raises(RuntimeError):
+        ResNetForImageClassification.from_pretrained(tmp_path / "plain")
 
 
 @pytest.mark.parametrize("optim", ["sgd", pytest.param("adam", marks=pytest.mark.slow)])
@@ -385,6 +400,8 @@ def test_bad_models_and_data_are_refused_before_anything_is_written(tmp_path, da
     )
     with pytest.raises(ValueError, match="data set has 10 classes and the model 3"):
         MRPFTrainer(small, quick(folder), data.train)
+    with pytest.raises(ValueError, match=r"train_dataset holds several splits \(train\); hand over one of them"):
+        MRPFTrainer(plain_net(), quick(folder), DatasetDict(train=data.train))
     assert not folder.exists()
 
 
@@ -519,6 +536,13 @@ def test_an_evaluation_before_training_does_not_mark_the_model_as_prepared(tmp_p
         ({"remove_unused_columns": True}, r"remove_unused_columns=True would take away columns"),
         ({"bf16_full_eval": True}, r"bf16_full_eval would .*evaluation and pruning are in float32 here"),
         ({"fp16_full_eval": True}, r"fp16_full_eval would .*evaluation and pruning are in float32 here"),
+        ({"optim_args": "momentun=0.9"}, r"optim_args='momentun=0.9' do not fit optim 'sgd', which takes momentum and"),
+        ({"optim_args": "momentum=x"}, r"dampening \(numbers\) and nesterov \(true or false\), as in momentum"),
+        ({"optim_args": "weight_decay=0.1"}, "weight decay is an option of its own"),
+        ({"optim_args": "momentum"}, "optim_args='momentum' do not fit"),
+        ({"weight_decay": -1.0}, "weight_decay=-1.0 must be a finite number, at least 0"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan must be a finite number"),
+        ({"learning_rate": -0.1}, "learning_rate=-0.1 must be"),
         ({"optim": "adam", "optim_args": "momentum=0.9"}, r"optim_args='momentum=0.9' do not fit optim 'adam'"),
         ({"optim": "adam", "optim_args": "amsgrad=maybe"}, r"takes beta1, beta2 and eps \(numbers\) and amsgrad"),
         ({"optim": "adam", "optim_args": "beta1=0.5,0.9"}, r"optim_args='beta1=0.5,0.9' do not fit"),
