@@ -147,16 +147,47 @@ class PublishingTrainer(Trainer):
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        folder, split = Path(str(self.args.output_dir)), "test"
+        self._write_record(model, report)
+        push = partial(
+            push_folder,
+            Path(str(self.args.output_dir)),
+            str(self.hub_model_id),
+            private=private,
+            revision=self.args.hub_revision if revision is None else revision,
+            token=token,
+            commit_message=commit_message or "End of training",
+        )
+        return push() if blocking else HfApi().run_as_future(push)
+
+    def create_model_card(self, *args: Any, report: RobustnessReport | None = None, **kwargs: Any) -> None:
+        """
+        Writes to `output_dir` what [`~PublishingTrainer.push_to_hub`] sends beside the weights, with its card.
+
+        Args:
+            report ([`RobustnessReport`], *optional*):
+                As there.
+            args, kwargs:
+                Those of `Trainer`, for other models, whose card is its own; that of a
+                [`PrunedForImageClassification`] finds what they say by itself.
+        """
+        model: Any = self.accelerator.unwrap_model(self.model)
+        if not isinstance(model, PrunedForImageClassification):
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            Path(str(self.args.output_dir)).mkdir(parents=True, exist_ok=True)
+            self._write_record(model, report)
+
+    def _write_record(self, model: PrunedForImageClassification, report: RobustnessReport | None) -> None:
+        split = "test"
         if report is None and isinstance(self.eval_dataset, Dataset):
             batch_size, split = self.args.per_device_eval_batch_size, "validation"
             report = evaluate_robustness(
                 model, self.eval_dataset, attack=self.args.eval_attack, seed=self.args.seed, batch_size=batch_size
             )
         write_record(
-            folder,
+            Path(str(self.args.output_dir)),
             model,
-            str(self.hub_model_id),
+            self.hub_model_id or self.args.hub_model_id,
             plans=self.plans,
             report=report,
             split=split,
@@ -165,13 +196,3 @@ class PublishingTrainer(Trainer):
             selection=self.best_and_last(),
             seed=self.args.seed,
         )
-        push = partial(
-            push_folder,
-            folder,
-            str(self.hub_model_id),
-            private=private,
-            revision=self.args.hub_revision if revision is None else revision,
-            token=token,
-            commit_message=commit_message or "End of training",
-        )
-        return push() if blocking else HfApi().run_as_future(push)

@@ -284,6 +284,8 @@ def _targets(
     if groups is None:
         # A slice comes after the module that it is of.
         return {name: [members[name]] for names in of_module.values() for name in names}
+    if not groups:
+        raise ValueError("groups is empty; give at least one group of modules, or None to score each module by itself.")
     for group, names in groups.items():
         unknown = [name for name in names if name not in members]
         if unknown or not names:

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from test_trainer import NARROW, quick
-from transformers import TrainerCallback
+from transformers import ResNetConfig, ResNetForImageClassification, TrainerCallback
 
 from hf_mrpf import (
     AttackConfig,
     MRPFTrainer,
     PrunedForImageClassification,
     compress,
+    evaluate_robustness,
     load_image_data,
     plan_pruning,
     prune,
@@ -97,6 +98,29 @@ def test_the_card_counts_the_steps_of_a_training_that_steps_ended(tmp_path, data
     trainer.train()
     card = card_of(trainer, monkeypatch)
     assert "| max_steps | 1 |" in card and "num_train_epochs" not in card
+
+
+def test_the_card_of_the_example_scripts_is_that_of_a_push(tmp_path, data, monkeypatch):
+    options = STANDARD | {"allocation": "uniform", "hub_model_id": "alice/digits"}
+    trainer = MRPFTrainer(model(), quick(tmp_path / "run", **options), data.train, data.validation)
+    trainer.prune()
+    trainer.create_model_card(tasks="image-classification", dataset="digits", finetuned_from="timm/resnet18")
+    folder = Path(trainer.args.output_dir)
+    written = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert written.keys() == {"README.md", "mrs.png", "pruning_plan.json", "robustness_report.json"}
+    assert "## How it was pruned" in written["README.md"].decode() and "alice/digits" in written["README.md"].decode()
+    assert card_of(trainer, monkeypatch) == written["README.md"].decode()
+    report = evaluate_robustness(trainer.model, data.test.select(range(10)), num_samples=10)
+    trainer.create_model_card(report=report)
+    assert "10 images" in (folder / "README.md").read_text()
+
+
+def test_the_card_of_another_model_is_that_of_transformers(tmp_path, data):
+    shape = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
+    network = ResNetForImageClassification(ResNetConfig(num_labels=10, **shape))
+    trainer = MRPFTrainer(network, quick(tmp_path, **STANDARD), data.train)
+    trainer.create_model_card(model_name="eight-channels")
+    assert "# eight-channels" in (tmp_path / "README.md").read_text()
 
 
 class Prunes(TrainerCallback):

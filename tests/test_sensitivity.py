@@ -511,6 +511,7 @@ def test_progress_bar_only_on_request(net, capsys):
         ({"batch_size": True}, "batch_size is True"),
         ({"method": "first_order", "num_steps": 3}, "num_steps is 3, but 'first_order' takes no steps"),
         ({"groups": {"u": ["conv1", "cnv2"]}}, "group 'u' has the unknown member 'cnv2'; known members: conv1, depth"),
+        ({"groups": {}}, "groups is empty; give at least one group of modules, or None"),
         ({"groups": {"u": []}}, "group 'u' has no members; known members: conv1"),
         ({"groups": {"u": ["conv1", "conv1"]}}, "members of group 'u' overlap"),
         ({"seed": -1}, "seed is -1"),
