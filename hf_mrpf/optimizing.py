@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from .config import MRPFConfig, adam_arguments
+from .config import MRPFConfig
+from .optimizer_arguments import adam_arguments
 from .resumable import ResumableTrainer
 
 

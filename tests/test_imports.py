@@ -78,6 +78,7 @@ FLOORS = {
     "model_card": 3,
     "figures": 3,
     "config": 3,
+    "optimizer_arguments": 0,
     "hub": 4,
     "publishing": 5,
     "logs": 3,
