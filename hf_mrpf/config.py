@@ -309,7 +309,9 @@ class MRPFConfig(TrainingArguments):
             raise ValueError(f"gamma={self.gamma} must be in [0, 1]: a fraction of the norm of a module's weights.")
         for name in ("beta", "num_train_epochs", "weight_decay", "learning_rate"):
             value = getattr(self, name)
-            if (name, value) != ("learning_rate", None) and not (_is_number(value) and value >= 0):
+            if value is None and name == "learning_rate":
+                continue  # that of the optimizer
+            if not (_is_number(value) and value >= 0):
                 raise ValueError(f"{name}={value} must be a finite number, at least 0.")
         if isinstance(self.ignore, str):
             raise ValueError(f"ignore={self.ignore!r} is one name; give a list of names, such as [{self.ignore!r}].")
