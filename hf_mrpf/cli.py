@@ -218,6 +218,22 @@ def multiple(text: str) -> int | str:
         raise ArgumentTypeError(f"{text!r} is no whole number; write 8, or auto") from error
 
 
+def json_object(text: str) -> str:
+    """Checks what `TrainingArguments` reads later, and names no option where it fails."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict):
+        raise ArgumentTypeError(f"{text!r} is no JSON object; write for instance '{{\"num_cycles\": 2}}'")
+    return text.strip()
+
+
+def json_object_or_file(text: str) -> str:
+    """As [`json_object`]; what begins with no brace is the name of a file."""
+    return json_object(text) if text.lstrip().startswith("{") else text
+
+
 class GroupedParser(HfArgumentParser):
     """
     `HfArgumentParser` whose help shows the options of this library first, by subject.
@@ -251,6 +267,8 @@ class GroupedParser(HfArgumentParser):
             field.type = number
         if field.name == "round_to":
             field.type = multiple
+        if field.name in TrainingArguments._VALID_DICT_FIELDS:
+            field.type = json_object if field.name.endswith("_kwargs") else json_object_or_file
         HfArgumentParser._parse_dataclass_field(self._option_groups[title], field)
 
     @staticmethod

@@ -65,6 +65,23 @@ def test_eps_and_steps_read_fractions_and_adam_is_an_optimizer(parser, tmp_path)
         number("a/b")
 
 
+def test_options_of_several_values_are_checked_as_json(parser, tmp_path, capsys):
+    def parse(*options):
+        *_, args = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--use_cpu", *options])
+        return args
+
+    assert parse("--lr_scheduler_kwargs", ' {"num_cycles": 2}').lr_scheduler_kwargs == {"num_cycles": 2}
+    assert parse("--accelerator_config", ' {"split_batches": true}').accelerator_config.split_batches
+    file = tmp_path / "accelerator.json"
+    file.write_text('{"split_batches": true}')
+    assert parse("--accelerator_config", str(file)).accelerator_config.split_batches
+    for option, text in (("lr_scheduler_kwargs", "{"), ("lr_scheduler_kwargs", "5"), ("accelerator_config", "{a: 1}")):
+        with pytest.raises(SystemExit):
+            parse(f"--{option}", text)
+        error = capsys.readouterr().err
+        assert f"--{option}/" in error and f": '{text}' is no JSON object; write for instance" in error
+
+
 @pytest.mark.parametrize("name", ["base_epochs", "control_epochs"])
 @pytest.mark.parametrize("epochs", [-1.0, float("nan")])
 def test_a_number_of_epochs_that_is_none_is_refused(name, epochs):
