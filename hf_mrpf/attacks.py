@@ -280,16 +280,18 @@ def pgd_attack(
     return found.contiguous()
 
 
-def keyed_generator(seed: int, index: int) -> torch.Generator:
-    """A generator on the CPU whose numbers depend on a seed and on the index of an image alone, both at least 0."""
-    # torch's CPU generator takes 32 bits of its seed: the pair is hashed, not added.
-    entropy = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
-    return torch.Generator().manual_seed(entropy)
+def keyed_generator(seed: int, index: int, restart: int = 0) -> torch.Generator:
+    """A generator on the CPU whose numbers depend on these alone: a seed, the index of an image, and a restart."""
+    # torch's CPU generator takes 32 bits of its seed; and in a sum a restart of one seed would be one of the next.
+    sequence = np.random.SeedSequence([seed, index], spawn_key=(restart,) if restart else ())
+    return torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
 
 
-def keyed_start(images: Tensor, indices: Sequence[int] | Tensor, attack: AttackConfig, seed: int) -> Tensor:
+def keyed_start(
+    images: Tensor, indices: Sequence[int] | Tensor, attack: AttackConfig, seed: int, restart: int = 0
+) -> Tensor:
     """
-    Random start of an attack in which the noise of an image depends on its index and the seed alone.
+    Random start of an attack in which the noise of an image depends on its index, the seed and the restart alone.
 
     Batch size, order, sharding, device and the global generator change nothing.
 
@@ -302,6 +304,8 @@ def keyed_start(images: Tensor, indices: Sequence[int] | Tensor, attack: AttackC
             Norm and radius; the images come back unchanged where `random_start` is off.
         seed (`int`):
             At least 0.
+        restart (`int`, *optional*, defaults to 0):
+            Which of several starts with this seed, at least 0.
 
     Returns:
         `Tensor` of the shape of `images`, within the ball and within [0, 1].
@@ -319,7 +323,7 @@ def keyed_start(images: Tensor, indices: Sequence[int] | Tensor, attack: AttackC
     if not attack.random_start or attack.eps == 0 or not keys:
         return images
     starts = [
-        _random_start(image, attack, keyed_generator(seed, key))
+        _random_start(image, attack, keyed_generator(seed, key, restart))
         for image, key in zip(images.detach().cpu().split(1), keys, strict=True)
     ]
     return torch.cat(starts).to(images.device)

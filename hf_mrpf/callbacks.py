@@ -15,6 +15,7 @@ from transformers.trainer_callback import ExportableState
 from .attacks import AttackConfig
 from .config import MRPFConfig
 from .evaluation import evaluate_robustness
+from .loader import PixelRows
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +136,7 @@ class OverfittingWatch(TrainerCallback, ExportableState):
 
     def on_evaluate(self, args, state, control, *, metrics=None, model=None, eval_dataloader=None, **kwargs):
         metrics, data = metrics or {}, getattr(eval_dataloader, "dataset", ())
+        data = data.dataset if isinstance(data, PixelRows) else data
         split = next(
             (key.removesuffix("_robust_accuracy") for key in metrics if key.endswith("_robust_accuracy")), None
         )

@@ -360,7 +360,8 @@ def _resumable(advice: str) -> Iterator[None]:
     except OSError as error:
         raise OSError(f"{error} {advice}") from error
     except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(f"The push was interrupted. {advice}") from error
+        error.add_note(f"The push was interrupted. {advice}")  # its class tells a recipe which signal it was
+        raise
 
 
 @contextmanager

@@ -121,7 +121,7 @@ def runs_of(name: str, classes: int) -> list[Run]:
 def _pgd(
     run: Run, model: nn.Module, images: Tensor, labels: Tensor, indices: Sequence[int], attack: AttackConfig, seed: int
 ) -> Tensor:
-    start = keyed_start(images, indices, attack, seed + run.number)
+    start = keyed_start(images, indices, attack, seed, run.number)
     return pgd_attack(model, images, labels, attack, loss=run.attack.loss, start=start, until_fooled=True)
 
 
@@ -129,7 +129,7 @@ def _apgd(
     run: Run, model: nn.Module, images: Tensor, labels: Tensor, indices: Sequence[int], attack: AttackConfig, seed: int
 ) -> Tensor:
     targets = _targets(model, images, labels, run.number) if run.attack.targets else None
-    start = keyed_start(images, indices, attack, seed + run.number)
+    start = keyed_start(images, indices, attack, seed, run.number)
     return apgd_attack(model, images, labels, attack, targets=targets, start=start)
 
 

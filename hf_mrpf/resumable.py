@@ -36,9 +36,9 @@ class ResumableTrainer(AveragingTrainer):
         Raises:
             ValueError: also where the checkpoint is torn or of another shape, or `True` was given and there is none.
         """
-        self._checked_checkpoint = None
         self._resumed_from = self._place(resume_from_checkpoint)
         place = None if self._resumed_from is None else str(self._resumed_from)
+        self._checked_checkpoint = place
         try:
             output = super().train(place, *args, **kwargs)
         except (RuntimeError, MemoryError) as error:

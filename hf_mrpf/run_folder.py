@@ -246,7 +246,7 @@ class RunFolder:
         for name in (STATE_FILE, *RESULT_FILES):
             (self.path / name).unlink(missing_ok=True)
         for name in (EXPORTS, STAGES):
-            shutil.rmtree(self.path / name, ignore_errors=True)
+            remove_folder(self.path / name)
 
     def _state(self) -> dict[str, Any]:
         file = self.path / STATE_FILE
@@ -310,6 +310,12 @@ class RunFolder:
         for file in sorted(draft.iterdir()):
             os.replace(file, self.path / file.name)
         draft.rmdir()
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder if it is there. An OSError where something stays: it would pass for what is written next."""
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def _is_running(pid: int) -> bool:

@@ -21,7 +21,7 @@ from .logs import end_of_run
 from .modeling import PrunedForImageClassification
 from .objectives import dense_objective
 from .processes import Processes
-from .run_folder import STAGES, RunFolder
+from .run_folder import STAGES, RunFolder, remove_folder
 from .stage_lines import pruned_before, stage_line, training_figures
 from .trainer import MRPFTrainer
 
@@ -53,7 +53,7 @@ def settle_augmentation(data: ImageData, args: MRPFConfig) -> None:
 
 def stage_arguments(run: RunFolder, stage: str, args: MRPFConfig, **changes) -> MRPFConfig:
     """The settings of a stage, whose folder for checkpoints and whose name in the reporters are its own."""
-    name = f"{args.run_name or run.path.name}-{stage}"
+    name = f"{args.run_name or run.path.absolute().name}-{stage}"
     folder = str(run.stage(stage) / "training")
     return dataclasses.replace(args, output_dir=folder, run_name=name, push_to_hub=False, **changes)
 
@@ -124,7 +124,7 @@ def train(run: RunFolder, stage: str, model, data: ImageData, args: MRPFConfig, 
 def finish(run: RunFolder, stage: str, model, result: dict, args: MRPFConfig) -> PrunedForImageClassification:
     """Saves the stage's model, marks the stage as finished, drops its checkpoints; gives the model as it was saved."""
     if args.process_index == 0:
-        shutil.rmtree(run.stage(stage) / "model", ignore_errors=True)
+        remove_folder(run.stage(stage) / "model")
         model.save_pretrained(run.stage(stage) / "model")
         run.finish_stage(stage, result)
         _drop_checkpoints(run, stage)
@@ -163,7 +163,7 @@ def _saved_model(run: RunFolder, stage: str, args: MRPFConfig) -> PrunedForImage
 
 
 def _drop_checkpoints(run: RunFolder, stage: str) -> None:
-    shutil.rmtree(run.stage(stage) / "training", ignore_errors=True)
+    shutil.rmtree(run.stage(stage) / "training", ignore_errors=True)  # of a finished stage: they only take space
 
 
 def tell(stage: str, result: dict, args: MRPFConfig) -> None:

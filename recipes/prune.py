@@ -15,7 +15,6 @@ import dataclasses
 import itertools
 import json
 import shlex
-import shutil
 import sys
 import time
 from importlib.util import find_spec
@@ -65,7 +64,7 @@ from hf_mrpf.pruning import plan_pruning, prune
 from hf_mrpf.report import paired_difference
 from hf_mrpf.results import ResultRow, results_table
 from hf_mrpf.rounds import fraction_after, round_rows, round_target, share_left, stage_names
-from hf_mrpf.run_folder import RunFolder, write_json
+from hf_mrpf.run_folder import RunFolder, remove_folder, write_json
 from hf_mrpf.stage_lines import evaluation_figures, pruning_figures, stage_line, training_figures
 from hf_mrpf.stages import (
     check_forced_place,
@@ -295,7 +294,7 @@ def write_result(
 ) -> None:
     """Writes everything into a draft, then moves it into the output folder at once."""
     draft = run.stage("result")
-    shutil.rmtree(draft, ignore_errors=True)
+    remove_folder(draft)
     model.save_pretrained(draft)
     write_plans(plans, draft / "pruning_plan.json")
     plot_sensitivity(shown_plan(plans), draft / "mrs.png")
@@ -361,7 +360,7 @@ def card_info(model, plans, reports, rows, stages, data: ImageData, args: MRPFCo
     command = "accelerate launch " + shlex.join(words_without_tokens(sys.argv))
     change = paired_difference(reports["fine-tuned"], reports["dense"], "pgd20")
     return CardInfo(
-        model_name=args.hub_model_id.split("/")[-1] if args.hub_model_id else Path(args.output_dir).name,
+        model_name=args.hub_model_id.split("/")[-1] if args.hub_model_id else Path(args.output_dir).absolute().name,
         repo_id=args.hub_model_id,
         backbone=model.config.backbone.get("name") or model.config.backbone["config"]["model_type"],
         image_size=model.config.image_size,

@@ -16,7 +16,6 @@ trains the shape of a pruned model from scratch, at the total compute of 28 dens
 
 import dataclasses
 import shlex
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -55,7 +54,7 @@ from hf_mrpf.interruption import resumable
 from hf_mrpf.launch import check_world_size
 from hf_mrpf.progress import shows_progress
 from hf_mrpf.results import results_table
-from hf_mrpf.run_folder import RunFolder, write_json
+from hf_mrpf.run_folder import RunFolder, remove_folder, write_json
 from hf_mrpf.stage_lines import evaluation_figures
 from hf_mrpf.stages import check_forced_place, dense_stage, run_folder, settle_augmentation, tell
 from hf_mrpf.tokens import words_without_tokens
@@ -108,7 +107,7 @@ def main() -> None:
             )
         torch.manual_seed(args.seed)
         model = with_fresh_weights(model)
-        epochs = equal_compute_epochs(model, control_args.dense_epochs, args.num_train_epochs)
+        epochs = equal_compute_epochs(model, control_args.dense_epochs, epochs)
     if args.push_to_hub:
         # The id in full is on the card; a token or a name that cannot work shows before any training.
         args.hub_model_id = repository(args)
@@ -144,7 +143,7 @@ def write_result(
 ) -> None:
     """Writes everything into a draft, then moves it into the output folder at once."""
     draft, stage = run.stage("result"), run.stage_result("dense") or {}
-    shutil.rmtree(draft, ignore_errors=True)
+    remove_folder(draft)
     model.save_pretrained(draft)
     info = write_record(
         draft,
@@ -156,7 +155,7 @@ def write_result(
         settings=args.to_dict() | {"num_train_epochs": stage.get("epochs", args.num_train_epochs)},
         pruning_steps={},
         selection={key: stage[key] for key in ("best", "last") if key in stage},
-        model_name=args.hub_model_id.split("/")[-1] if args.hub_model_id else Path(args.output_dir).name,
+        model_name=args.hub_model_id.split("/")[-1] if args.hub_model_id else run.path.absolute().name,
         dataset_config=data.description["dataset_config_name"],
         dataset_on_hub="/" in data.name,
         notes=[NOTE if split == "validation" else CONTROL_NOTE, *([run_args.card_note] if run_args.card_note else [])],

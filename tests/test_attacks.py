@@ -350,7 +350,7 @@ def test_output_with_logits_and_inputs_that_require_grad(data):
 
 
 @pytest.mark.parametrize("norm, eps", [("linf", 0.3), ("l2", 2.0)])
-def test_keyed_start_depends_on_seed_and_index_alone(norm, eps):
+def test_keyed_start_depends_on_seed_index_and_restart_alone(norm, eps):
     images = torch.rand(6, 3, 8, 8)
     attack = AttackConfig(norm, eps)
     indices = [4, 0, 900_000_000_000, 7, 8, 9]
@@ -365,7 +365,8 @@ def test_keyed_start_depends_on_seed_and_index_alone(norm, eps):
     assert distance.max() <= eps * (1 + 1e-6) and distance.min() > 0
     assert whole.min() >= 0 and whole.max() <= 1
     grey = torch.full((4, 3, 8, 8), 0.5)
-    noises = [keyed_start(grey, [0, 1, 2**32, 2**32 + 1], attack, seed) - grey for seed in (0, 1)]
+    keys = [0, 1, 2**32, 2**32 + 1]
+    noises = [keyed_start(grey, keys, attack, seed, restart) - grey for seed in (0, 1) for restart in (0, 1)]
     flat = torch.cat(noises).flatten(1)
     assert torch.cdist(flat, flat).fill_diagonal_(1).min() > 1e-3, "two keys share their noise"
 

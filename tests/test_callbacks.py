@@ -169,10 +169,11 @@ def evaluations(monkeypatch, data, args, probe, rows):
     monkeypatch.setattr("hf_mrpf.callbacks.evaluate_robustness", probe)
     watch, state, control = OverfittingWatch(), TrainerState(is_world_process_zero=True), TrainerControl()
     watch.on_train_begin(args, state, control)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10))
+    loader = MRPFTrainer(model, args, eval_dataset=data.test).get_eval_dataloader()  # what a training hands over
     for epoch, (accuracy, train) in enumerate(rows, start=1):
         state.epoch, state.global_step = float(epoch), epoch
         metrics = {"eval_robust_accuracy": accuracy, "eval_train_robust_accuracy": train}
-        loader = SimpleNamespace(dataset=data.test)
         watch.on_evaluate(args, state, control, metrics=metrics, model=nn.Identity(), eval_dataloader=loader)
     return watch
 

@@ -164,7 +164,7 @@ def test_random_start_is_keyed_by_seed_and_index(monkeypatch):
     model, images, labels = _random_problem(12)
     starts = {}
 
-    def record(images, indices, attack, seed):
+    def record(images, indices, attack, seed, restart):
         starts.update({(seed, index): image for index, image in zip(indices, images, strict=True)})
         return images
 
@@ -194,9 +194,9 @@ def test_restarts_must_all_be_withstood(monkeypatch):
     model, images, labels = _random_problem(50)
     starts = []
 
-    def start_at_noise(images, indices, attack, seed):
-        starts.append((seed, list(indices)))
-        noise = torch.randn(50, 3, 8, 8, generator=torch.Generator().manual_seed(seed))[list(indices)].sign()
+    def start_at_noise(images, indices, attack, seed, restart):
+        starts.append((restart, list(indices)))
+        noise = torch.randn(50, 3, 8, 8, generator=torch.Generator().manual_seed(seed + restart))[list(indices)].sign()
         return (images + attack.eps * noise).clamp(0, 1)
 
     monkeypatch.setattr(named_attacks, "keyed_start", start_at_noise)
@@ -210,7 +210,7 @@ def test_restarts_must_all_be_withstood(monkeypatch):
     starts.clear()
     report = evaluate_robustness(model, (images, labels), ("pgd20x3",), attack)
     assert report.verdicts["pgd20x3"] == together
-    assert [seed for seed, _ in starts] == [0, 1, 2]
+    assert [restart for restart, _ in starts] == [0, 1, 2]
     assert len(starts[0][1]) > len(starts[1][1]) > len(starts[2][1])  # survivors alone go on
     assert report.settings["pgd20x3"]["restarts"] == 3
 

@@ -234,6 +234,25 @@ def test_a_kill_while_an_old_run_is_cleared_leaves_nothing_that_passes_for_a_run
         assert run.stage_result("dense") is None
 
 
+def test_what_cannot_be_cleared_is_told_and_no_new_run_begins_in_it(tmp_path, monkeypatch):
+    with RunFolder(tmp_path, SETTINGS) as run:
+        run.finish_stage("dense", {})
+    unlink = os.unlink
+
+    def refuse(path, **options):
+        if Path(path).name == "stage.json":
+            raise PermissionError("not yours")
+        unlink(path, **options)
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    with pytest.raises(PermissionError, match="not yours"), RunFolder(tmp_path, {"eps": 0.1}, overwrite=True):
+        pass
+    monkeypatch.undo()
+    assert (run.stage("dense") / "stage.json").is_file()
+    with pytest.raises(ValueError, match="holds stages but no run.json"):
+        RunFolder(tmp_path, SETTINGS).check()
+
+
 def test_the_model_of_a_finished_stage_is_checked(tmp_path):
     with RunFolder(tmp_path, SETTINGS) as run:
         model = run.stage("dense") / "model"
