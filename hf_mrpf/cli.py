@@ -360,6 +360,20 @@ def starts_fresh(arguments: ModelArguments) -> bool:
     return not (arguments.pretrained or "/" in name or "." in name or Path(name).is_dir())
 
 
+def base_model(arguments: ModelArguments) -> str | None:
+    """The Hub id of the weights that the options name; None for fresh weights and those of a folder."""
+    name = arguments.model_name_or_path
+    if name is None or Path(name).is_dir() or starts_fresh(arguments):
+        return None
+    import timm
+
+    architecture = name.removeprefix("timm/")
+    if not timm.is_model(architecture.partition(".")[0]):
+        return name
+    weights = timm.get_pretrained_cfg(architecture)
+    return str(weights.hf_hub_id).partition("@")[0] if weights and weights.hf_hub_id else None
+
+
 def build_model(arguments: ModelArguments, data: "ImageData") -> "PrunedForImageClassification":
     """The dense (or already pruned) model that the options name, with the classes of the data set."""
     from .modeling import PrunedForImageClassification, with_new_head

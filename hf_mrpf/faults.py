@@ -100,8 +100,8 @@ def out_of_memory(batch_size: int | None = None) -> str:
     """What to do about it; `batch_size` is that of a training step, where it ran out there."""
     if batch_size is None:
         return (
-            "Out of memory. Lower --per_device_eval_batch_size, or --calibration_set_size where it happened while "
-            "pruning; what was finished before is kept."
+            "Out of memory. Lower --per_device_eval_batch_size (evaluate.py: --batch_size), or --calibration_set_size "
+            "where it happened while pruning; what was finished before is kept."
         )
     return (
         f"Out of memory in training at a batch of {batch_size} images on each device. Lower "

@@ -26,10 +26,11 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 NEEDED = ("config.json", "preprocessor_config.json", "modeling.py")
 RECORD = ("pruning_plan.json", "robustness_report.json", "mrs.png", "README.md")
 # fmt: off
+# Of a training that is on a card, besides how long it was.
 SETTINGS = (
-    "objective", "beta", "awp_gamma", "ema_decay", "norm", "eps", "num_steps", "optim", "learning_rate", "weight_decay",
-    "lr_scheduler_type", "per_device_train_batch_size", "num_train_epochs", "max_steps", "crop_padding",
-    "horizontal_flip",
+    "objective", "beta", "awp_gamma", "ema_decay", "norm", "eps", "step_size", "num_steps", "attack_dtype", "optim",
+    "learning_rate", "weight_decay", "lr_scheduler_type", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "processes", "bf16", "crop_padding", "horizontal_flip",
 )
 # fmt: on
 # Stands in the load snippet of a card that was rendered before anybody knew the id.
@@ -228,8 +229,8 @@ def write_record(
         report ([`RobustnessReport`], *optional*), split (`str`):
             Its figures, and the split they were measured on.
         settings (`Mapping[str, Any]`):
-            Settings of the training; those of [`SETTINGS`] are on the card, of `num_train_epochs` and `max_steps` the
-            one that counts.
+            Settings of the training; those of [`SETTINGS`] are on the card, and of `num_train_epochs` and `max_steps`
+            the one that counts.
         pruning_steps, selection:
             As in [`CardInfo`].
         facts:
@@ -243,8 +244,8 @@ def write_record(
         example = torch.zeros(1, 3, model.config.image_size, model.config.image_size, device=model.device)
         costs = {"parameters": count_parameters(model), "macs": count_macs(model, example)}
         row = ResultRow.from_report("this model", report, **costs)
-    overridden = "num_train_epochs" if settings.get("max_steps", -1) > 0 else "max_steps"
-    shown = [name for name in SETTINGS if name != overridden and settings.get(name) is not None]
+    length = "max_steps" if settings.get("max_steps", -1) > 0 else "num_train_epochs"
+    shown = [name for name in (*SETTINGS, length) if settings.get(name) is not None]
     known: dict[str, Any] = _model_facts(model, repo_id)
     known |= {
         "dataset_id": (report.data_name or "images of the user") if report else None,
@@ -378,7 +379,7 @@ def _reason(error: BaseException, repo_id: str) -> str:
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     with_token = isinstance(error, HfHubHTTPError) and "authorization" in error.response.request.headers
     if status == 401 and not with_token:
-        return "there is no token. Log in with `hf auth login`, set HF_TOKEN, or give --hub_token"
+        return "there is no token. Log in with `hf auth login`, set HF_TOKEN, or give --hub_token (push.py: --token)"
     if status == 401:
         return "the Hub does not accept this token. Make a new one with write access and log in with `hf auth login`"
     if status == 403:

@@ -258,10 +258,12 @@ def _complete(parameters: list[nn.Parameter], count: int, name: str, processes: 
     """Sums `.grad` over the processes. Scores read every weight's: where the loss does not reach, it is zero."""
     if sum(processes.gather(count)) == 0:
         raise ValueError(_NO_IMAGES.format(name))
+    gradients = []
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    processes.sum_([parameter.grad for parameter in parameters if parameter.grad is not None])
+        gradients.append(parameter.grad)
+    processes.sum_(gradients)
 
 
 @contextmanager

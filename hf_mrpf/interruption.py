@@ -20,6 +20,14 @@ from .tokens import words_without_tokens
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # A launcher passes on what its processes got as well: only a later signal is a second press.
 _ECHO = 1.0
+# How a launcher is called on a card, by its program or module.
+_LAUNCHERS = {
+    "accelerate": "accelerate",
+    "accelerate-launch": "accelerate launch",
+    "accelerate.commands.launch": "accelerate launch",
+    "torchrun": "torchrun",
+    "torch.distributed.run": "torchrun",
+}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -142,14 +150,25 @@ def farewell(stop: Interrupted) -> str:
 
 def own_command() -> str:
     """The command that started this run, with its launcher where that can be told; without a token."""
-    command = sys.orig_argv
-    launcher = Path(f"/proc/{os.getppid()}/cmdline")
-    if launcher.is_file():
-        words = launcher.read_text(errors="replace").rstrip("\0").split("\0")
-        # torchrun and accelerate name the script as this process was given it.
-        if sys.argv[0] in words and words[words.index(sys.argv[0]) + 1 :] == sys.argv[1:]:
-            command = words
-    return _shown(command)
+    return _shown(_launcher() or sys.orig_argv)
+
+
+def repeatable_command() -> str:
+    """The same without what is of this machine, for a card: `accelerate launch`, where the launcher cannot be told."""
+    words = _launcher()
+    for place, word in enumerate(words):
+        if name := _LAUNCHERS.get(Path(word).name):
+            return f"{name} {_shown(words[place + 1 :])}"
+    return f"accelerate launch {_shown(sys.argv)}"
+
+
+def _launcher() -> list[str]:
+    """The words of the command that started this process, where it named the script and what that is given."""
+    file = Path(f"/proc/{os.getppid()}/cmdline")
+    words = file.read_text(errors="replace").rstrip("\0").split("\0") if file.is_file() else []
+    # torchrun and accelerate name the script as this process was given it.
+    ours = sys.argv[0] in words and words[words.index(sys.argv[0]) + 1 :] == sys.argv[1:]
+    return words if ours else []
 
 
 def _shown(words: list[str]) -> str:

@@ -21,7 +21,7 @@ from .report import RobustnessReport
 
 class PublishingTrainer(Trainer):
     """
-    `Trainer` that saves safetensors and JSON only, and sends a finished result with its own card.
+    `Trainer` that saves a model as safetensors and JSON alone, and sends a finished result with its own card.
 
     Attributes:
         plans (`list[PruningPlan]`):
@@ -178,6 +178,7 @@ class PublishingTrainer(Trainer):
             self._write_record(model, report)
 
     def _write_record(self, model: PrunedForImageClassification, report: RobustnessReport | None) -> None:
+        settings = self.args.to_dict() | {"processes": self.args.world_size, "horizontal_flip": self.horizontal_flip}
         split = "test"
         if report is None and isinstance(self.eval_dataset, Dataset):
             batch_size, split = self.args.per_device_eval_batch_size, "validation"
@@ -191,7 +192,7 @@ class PublishingTrainer(Trainer):
             plans=self.plans,
             report=report,
             split=split,
-            settings=self.args.to_dict() | {"horizontal_flip": self.horizontal_flip} if self._trained() else {},
+            settings=settings if self._trained() else {},
             pruning_steps=self.pruning_report,
             selection=self.best_and_last(),
             seed=self.args.seed,

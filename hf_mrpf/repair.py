@@ -84,8 +84,8 @@ def repair(
             refit alike.
 
     Returns:
-        [`RepairReport`]. Depthwise layers, convolutions with other than zero padding of fixed size and layers of more
-        than 8,192 inputs are left and named.
+        [`RepairReport`]. Depthwise and grouped convolutions, those with other than zero padding of fixed size and
+        layers of more than 8,192 inputs are left and named.
 
     Raises:
         ValueError: If damping is not positive, there are no images, or the models are not those of the plan.

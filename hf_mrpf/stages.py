@@ -12,7 +12,7 @@ from transformers.integrations import TensorBoardCallback
 
 from .augmentation import crop_padding_of
 from .checkpoints import check_complete, newest_complete, written_by
-from .cli import ModelArguments, own_config, starts_fresh
+from .cli import ModelArguments, base_model, own_config, starts_fresh
 from .config import MRPFConfig
 from .console import StageProgress, say
 from .data import ImageData
@@ -193,7 +193,7 @@ def dense_stage(
         model, result = train(
             run, "dense", model, data, args, num_train_epochs=epochs, objective=dense_objective(args.objective)
         )
-    result["start"] = start
+    result |= {"start": start, "base_model": None if fresh else base_model(model_args)}
     result["figures"] = training_figures(dense_objective(args.objective), result)
     model = finish(run, "dense", model, result, args)
     tell("dense", result, args)

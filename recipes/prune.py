@@ -14,8 +14,6 @@ import copy
 import dataclasses
 import itertools
 import json
-import shlex
-import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,12 +50,13 @@ from hf_mrpf.efficiency import count_macs, count_parameters, device_name, file_s
 from hf_mrpf.evaluation import evaluate_robustness
 from hf_mrpf.figures import plot_sensitivity
 from hf_mrpf.fingerprint import weights_sha256
-from hf_mrpf.hub import shown_plan, write_plans
-from hf_mrpf.interruption import resumable
+from hf_mrpf.hub import SETTINGS, shown_plan, write_plans
+from hf_mrpf.interruption import repeatable_command, resumable
 from hf_mrpf.launch import check_world_size
 from hf_mrpf.logs import end_of_run
 from hf_mrpf.measured_allocation import MEASURED
 from hf_mrpf.model_card import CardInfo, PlanSummary, render_card
+from hf_mrpf.named_attacks import QUICK
 from hf_mrpf.objectives import dense_objective
 from hf_mrpf.progress import shows_progress
 from hf_mrpf.pruning import plan_pruning, prune
@@ -79,9 +78,7 @@ from hf_mrpf.stages import (
     train,
     trained_stage,
 )
-from hf_mrpf.tokens import words_without_tokens
 
-ATTACKS = ("clean", "fgsm", "pgd20", "cw")
 # Of a stage whose plan hangs on measured times or losses, from when it is planned.
 MEASURED_PLAN = "measured_plan.json"
 LONGER = (
@@ -246,7 +243,7 @@ def test_reports(run: RunFolder, models: dict, data: ImageData, args: MRPFConfig
     start = time.perf_counter()
     reports = {
         name: evaluate_robustness(
-            model, data.test, ATTACKS, args.attack, seed=args.seed, batch_size=args.per_device_eval_batch_size,
+            model, data.test, QUICK, args.attack, seed=args.seed, batch_size=args.per_device_eval_batch_size,
             data_name=data.name, progress=shows_progress(args), distributed=args.world_size > 1,
             journal=run.stage("evaluation") / f"{name}.jsonl",
         )
@@ -341,10 +338,8 @@ def round_figures(pruned: dict, after: dict, args: MRPFConfig) -> dict[str, dict
 
 def card_info(model, plans, reports, rows, stages, data: ImageData, args: MRPFConfig) -> CardInfo:
     """Everything the model card of the result says."""
-    names = ("objective", "beta", "awp_gamma", "ema_decay", "norm", "eps", "num_steps", "optim", "learning_rate")
-    names += ("weight_decay", "lr_scheduler_type", "per_device_train_batch_size", "crop_padding", "horizontal_flip")
-    values = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    settings = {name: str(getattr(value, "value", value)) for name, value in values.items()}
+    values = args.to_dict() | {"processes": args.world_size}
+    settings = {name: str(values[name]) for name in SETTINGS if values[name] is not None}
     if dense_objective(args.objective) != args.objective:
         settings |= {"objective of the dense model": dense_objective(args.objective)}
     settings |= {f"epochs of the {stage} model": stages[stage]["epochs"] for stage in ("dense", "fine-tuned")}
@@ -357,11 +352,11 @@ def card_info(model, plans, reports, rows, stages, data: ImageData, args: MRPFCo
     settings |= {"dense model started from": stages["dense"].get("start", "fresh weights")}
     settings |= {"backbone arguments": json.dumps(model.config.backbone.get("kwargs", {}))}
     control = reports.get("control")
-    command = "accelerate launch " + shlex.join(words_without_tokens(sys.argv))
     change = paired_difference(reports["fine-tuned"], reports["dense"], "pgd20")
     return CardInfo(
         model_name=args.hub_model_id.split("/")[-1] if args.hub_model_id else Path(args.output_dir).absolute().name,
         repo_id=args.hub_model_id,
+        base_model=stages["dense"].get("base_model"),
         backbone=model.config.backbone.get("name") or model.config.backbone["config"]["model_type"],
         image_size=model.config.image_size,
         class_names=data.class_names,
@@ -383,7 +378,7 @@ def card_info(model, plans, reports, rows, stages, data: ImageData, args: MRPFCo
         ],
         versions=reports["fine-tuned"].versions,
         seed=args.seed,
-        command=command,
+        command=repeatable_command(),
     )
 
 

@@ -15,10 +15,7 @@ trains the shape of a pruned model from scratch, at the total compute of 28 dens
 """
 
 import dataclasses
-import shlex
-import sys
 import time
-from pathlib import Path
 
 from hf_mrpf.config import MRPFConfig
 from hf_mrpf.console import errors_told
@@ -50,16 +47,15 @@ from hf_mrpf.delivery import check_repository_id, push_result, repository, shown
 from hf_mrpf.evaluation import evaluate_robustness
 from hf_mrpf.fresh import equal_compute_epochs, with_fresh_weights
 from hf_mrpf.hub import write_record
-from hf_mrpf.interruption import resumable
+from hf_mrpf.interruption import repeatable_command, resumable
 from hf_mrpf.launch import check_world_size
+from hf_mrpf.named_attacks import QUICK
 from hf_mrpf.progress import shows_progress
 from hf_mrpf.results import results_table
 from hf_mrpf.run_folder import RunFolder, remove_folder, write_json
 from hf_mrpf.stage_lines import evaluation_figures
 from hf_mrpf.stages import check_forced_place, dense_stage, run_folder, settle_augmentation, tell
-from hf_mrpf.tokens import words_without_tokens
 
-ATTACKS = ("clean", "fgsm", "pgd20", "cw")
 NOTE = (
     "These are figures of the validation split, on which the best epoch was picked, so they flatter the model a "
     "little; nothing has read the test split."
@@ -127,7 +123,7 @@ def final_report(run: RunFolder, model, data: ImageData, split: str, args: MRPFC
     """How robust the model is: on the split that its training was watched on, or, for a control, on the test split."""
     start = time.perf_counter()
     report = evaluate_robustness(
-        model, getattr(data, split), ATTACKS, args.attack, seed=args.seed, batch_size=args.per_device_eval_batch_size,
+        model, getattr(data, split), QUICK, args.attack, seed=args.seed, batch_size=args.per_device_eval_batch_size,
         data_name=data.name, progress=shows_progress(args), distributed=args.world_size > 1,
         journal=run.stage("evaluation") / "dense.jsonl",
     )  # fmt: skip
@@ -152,14 +148,16 @@ def write_result(
         plans=(),
         report=report,
         split=split,
-        settings=args.to_dict() | {"num_train_epochs": stage.get("epochs", args.num_train_epochs)},
+        settings=args.to_dict()
+        | {"processes": args.world_size, "num_train_epochs": stage.get("epochs", args.num_train_epochs)},
         pruning_steps={},
         selection={key: stage[key] for key in ("best", "last") if key in stage},
         model_name=args.hub_model_id.split("/")[-1] if args.hub_model_id else run.path.absolute().name,
+        base_model=stage.get("base_model"),
         dataset_config=data.description["dataset_config_name"],
         dataset_on_hub="/" in data.name,
         notes=[NOTE if split == "validation" else CONTROL_NOTE, *([run_args.card_note] if run_args.card_note else [])],
-        command="accelerate launch " + shlex.join(words_without_tokens(sys.argv)),
+        command=repeatable_command(),
     )
     content = {"split": split, "table": [dataclasses.asdict(row) for row in info.rows]}
     content |= {"stages": {"dense": stage}, "data": data.description}

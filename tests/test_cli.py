@@ -14,6 +14,7 @@ from hf_mrpf.cli import (
     ModelArguments,
     RoundArguments,
     RunArguments,
+    base_model,
     build_model,
     load_data,
     number,
@@ -213,3 +214,22 @@ def test_options_that_do_not_go_together_are_refused_before_the_imports_of_trans
     monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: pytest.fail("five seconds of imports"))
     with pytest.raises(ValueError, match=words):
         MRPFConfig(str(tmp_path), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"model_name_or_path": "timm/resnet18"}, None),
+        ({"model_name_or_path": "timm/resnet18", "pretrained": True}, "timm/resnet18.a1_in1k"),
+        ({"model_name_or_path": "resnet18.tv_in1k"}, "timm/resnet18.tv_in1k"),
+        ({"model_name_or_path": "me/digits-dense"}, "me/digits-dense"),
+        ({}, None),
+    ],
+)
+def test_the_card_names_the_weights_of_the_hub_that_a_run_started_from(options, found):
+    assert base_model(ModelArguments(**options)) == found
+
+
+def test_a_folder_is_no_base_model_of_a_card(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert base_model(ModelArguments(str(tmp_path))) is None

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -306,13 +307,15 @@ def test_a_bare_push_that_ends_says_how_to_make_it_again_as_private_as_it_was(cl
 
 def test_an_interrupted_push_says_how_to_go_on(client, hub, saved):
     code = (
-        "import hf_mrpf.hub as hub\n"
-        "def stop(*arguments, **options):\n    raise KeyboardInterrupt\n"
+        "import signal, hf_mrpf.hub as hub\nfrom hf_mrpf.interruption import Interrupted\n"
+        "def stop(*arguments, **options):\n    raise eval(given['end'])\n"
         "hub.HfApi.create_commit = stop\nhub.push_folder(given['folder'], 'alice/stopped')"
     )
-    with pytest.raises(Failed, match=r"interrupted.*Push it again with: python recipes/push\.py") as end:
-        client.run(code, token=ALICE, folder=str(saved))
-    assert end.value.kinds[0] == "KeyboardInterrupt"
+    for end in ("KeyboardInterrupt()", "Interrupted(signal.SIGTERM)"):  # of a user's script, and of a recipe
+        with pytest.raises(Failed) as failed:
+            client.run(code, token=ALICE, folder=str(saved), end=end)
+        assert failed.value.kinds[0] == end.split("(")[0]
+        assert re.search(r"interrupted.*Push it again with: python recipes/push\.py", failed.value.trace)
 
 
 @pytest.mark.parametrize("lacking", ["model.safetensors", "config.json", "modeling.py", "preprocessor_config.json"])

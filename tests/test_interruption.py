@@ -8,7 +8,7 @@ import time
 import pytest
 
 import hf_mrpf.interruption as interruption
-from hf_mrpf.interruption import Interrupted, own_command, resumable, stopping_between_steps
+from hf_mrpf.interruption import Interrupted, own_command, repeatable_command, resumable, stopping_between_steps
 
 
 @pytest.mark.parametrize("option", ["--hub_token", "--hub-token", "--hub_tok", "--hub_t", "--hub-to"])
@@ -20,6 +20,23 @@ def test_the_command_shows_no_spelling_of_the_token_and_does_not_start_again(mon
     monkeypatch.setattr(sys, "orig_argv", ["python", "prune.py", *given, *harmless, "--overwrite_output_dir"])
     shown = f"{option} '***'" if separate else f"'{option}=***'"
     assert own_command() == f"python prune.py {shown} {' '.join(harmless)}"
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["/opt/bin/python3", "/opt/bin/accelerate", "launch", "--cpu"], "accelerate launch --cpu"),
+        (["python", "-m", "accelerate.commands.launch", "--num_processes", "2"], "accelerate launch --num_processes 2"),
+        (["/usr/bin/python", "/opt/bin/torchrun", "--nproc_per_node=2"], "torchrun --nproc_per_node=2"),
+        (["bash"], "accelerate launch"),  # that is no launcher, and names no script
+    ],
+)
+def test_the_command_of_a_card_has_the_options_of_the_launcher_and_no_path_of_its_program(monkeypatch, words, shown):
+    ours = ["recipes/prune.py", "--hub_token", "SECRET", "--seed", "3"]
+    monkeypatch.setattr(sys, "argv", [*ours, "--overwrite_output_dir"])
+    given = words if words == ["bash"] else [*words, *sys.argv]
+    monkeypatch.setattr(interruption.Path, "read_text", lambda self, **_: "\0".join(given) + "\0")
+    assert repeatable_command() == f"{shown} recipes/prune.py --hub_token '***' --seed 3"
 
 
 def test_outside_of_training_a_signal_ends_at_once_with_a_message_and_the_old_handlers_are_back(capsys):

@@ -128,6 +128,8 @@ def test_fresh_weights_are_none_of_the_models(trained, tmp_path):
     folder, *_ = trained
     options = ("--output_dir", str(tmp_path / "fresh"), "--model_name_or_path", str(folder), *TINY)
     recipe("train", *options, "--fresh_weights", "--num_train_epochs", "0")
+    steps = ("--num_train_epochs", "0", "--max_steps", "1", "--overwrite_output_dir")
+    assert " steps=1 " in recipe("train", *options, "--fresh_weights", *steps)
     first, second = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "fresh"))
     assert not torch.equal(first["backbone.fc.weight"], second["backbone.fc.weight"])
 

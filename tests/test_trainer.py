@@ -237,6 +237,9 @@ def test_a_step_that_breaks_the_weights_is_noticed_at_the_next_save_and_at_the_e
     with pytest.raises(ValueError, match=r"After step 2, .*NaN.*finite weights: .*checkpoint-1"):
         MRPFTrainer(plain_net(), args, data.train, callbacks=[Poison()]).train()
     assert not (tmp_path / "saved" / "checkpoint-2").exists()
+    resumed = MRPFTrainer(plain_net(), args, data.train, callbacks=[Poison()])
+    with pytest.raises(ValueError, match=r"After step 2, .*NaN.*finite weights: .*checkpoint-1"):
+        resumed.train(resume_from_checkpoint=True)  # nothing was saved since
     args = quick(tmp_path / "end", objective="standard", max_steps=2)
     with pytest.raises(ValueError, match=r"After step 2, .*NaN.*none was saved yet"):
         MRPFTrainer(plain_net(), args, data.train, callbacks=[Poison()]).train()
