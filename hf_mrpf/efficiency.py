@@ -5,8 +5,8 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .modes import frozen
+from .modes import eval_mode, frozen
 
 
 def count_macs(model: nn.Module, example: Tensor) -> int:
@@ -40,7 +40,7 @@ def count_macs(model: nn.Module, example: Tensor) -> int:
     # torch 2.11 has no formula for fused attention on a CPU; the plain kernel is counted everywhere, and the same.
     plain = sdpa_kernel(SDPBackend.MATH)
     # The counter fails on views of parameters that want gradients.
-    with _evaluating(model), frozen(model), torch.random.fork_rng(devices), torch.no_grad(), plain, counter:
+    with eval_mode(model), frozen(model), torch.random.fork_rng(devices), torch.no_grad(), plain, counter:
         model(example[:1])
     return counter.get_total_flops() // 2
 
@@ -119,7 +119,9 @@ def latency_rounds(
     modules = {name: model for name, model in models.items() if isinstance(model, nn.Module)}
     inputs = {name: images.to(_reference(modules[name])) if name in modules else images for name in models}
     times: dict[str, list[float]] = {name: [] for name in models}
-    with _evaluating(*modules.values()), torch.inference_mode():
+    with ExitStack() as modes, torch.inference_mode():
+        for module in modules.values():
+            modes.enter_context(eval_mode(module))
         done, spent = -warmup, 0.0
         while done < rounds or (spent < seconds and (most is None or done < most)):
             for name, model in models.items():
@@ -187,16 +189,3 @@ def _reference(model: nn.Module) -> Tensor:
     """A tensor on the device and in the dtype that the model computes in."""
     floating = (parameter for parameter in model.parameters() if parameter.is_floating_point())
     return next(floating, torch.zeros((), device="cpu"))
-
-
-@contextmanager
-def _evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; afterwards every module, also one frozen on purpose, has its own mode back."""
-    modes = {module: module.training for model in models for module in model.modules()}
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

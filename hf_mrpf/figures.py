@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from .results import METRIC_TITLES
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -11,7 +13,6 @@ if TYPE_CHECKING:
 # Blue and vermillion of Okabe and Ito: told apart with any colour vision, and by their grey level in print.
 SCORE_COLOUR, RATIO_COLOUR = "#0072B2", "#D55E00"
 LONGEST_NAME = 40
-METRIC_NAMES = {"macs": "MACs", "params": "parameters", "latency": "latency"}
 
 
 class Plan(Protocol):
@@ -81,7 +82,7 @@ def sensitivity_figure(plan: Plan) -> "Figure":
         axes.grid(axis="x", color="0.85")
         for row in range(0, len(names), 2):
             axes.axhspan(row - 0.5, row + 0.5, color="0.955", zorder=0)
-    kept = ", ".join(f"{value:.1%} of {METRIC_NAMES.get(key, key)}" for key, value in plan.achieved.items())
+    kept = ", ".join(f"{value:.1%} of {METRIC_TITLES.get(key, key)}" for key, value in plan.achieved.items())
     figure.suptitle(f"Pruning plan: {kept} kept" if kept else "Pruning plan", fontsize=12)
     return figure
 

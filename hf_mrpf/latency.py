@@ -12,6 +12,7 @@ from .allocation import Widths
 from .efficiency import device_name, latency_rounds
 from .processes import Processes
 from .progress import progress_bar
+from .results import METRIC_TITLES
 from .units import METRICS, UnitGraph, cut
 
 TARGET_METRICS = (*METRICS, "latency")
@@ -263,7 +264,6 @@ def _not_met(
     timing: Timing, target: float, candidates: Candidates, widths: Widths, smallest: bool, record: Mapping[str, Any]
 ) -> str:
     low, high = timing.quartiles
-    names = {"macs": "MACs", "params": "parameters"}
     limits = advice = ""
     if smallest:
         limits = ", the fewest that max_ratio, min_channels, round_to and ignore allow"
@@ -272,6 +272,6 @@ def _not_met(
         f"target {target:g} of the latency cannot be met within {TOLERANCE:.0%}: the nearest plan takes "
         f"{timing.fraction:.3f} of the dense model's time ({timing.milliseconds['pruned']:.3g} of "
         f"{timing.milliseconds['dense']:.3g} ms; half of the rounds between {low:.3f} and {high:.3f}) with "
-        f"{candidates.share(widths):.1%} of its {names[candidates.metric]}{limits}, at batch {record['batch_size']} on "
-        f"{record['device']}.{advice}"
+        f"{candidates.share(widths):.1%} of its {METRIC_TITLES[candidates.metric]}{limits}, at batch "
+        f"{record['batch_size']} on {record['device']}.{advice}"
     )

@@ -9,7 +9,16 @@ from typing import Any, Self
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .results import ResultRow, accuracy_text, attack_title, markdown_table, measured, results_table, table_cells
+from .results import (
+    METRIC_TITLES,
+    ResultRow,
+    accuracy_text,
+    attack_title,
+    markdown_table,
+    measured,
+    results_table,
+    table_cells,
+)
 from .rounds import round_cells
 from .tokens import without_tokens
 
@@ -293,8 +302,7 @@ def _figures_text(row: ResultRow) -> str:
 
 
 def _kept_text(kept: Mapping[str, float]) -> str:
-    names = {"macs": "MACs", "params": "parameters"}
-    return " and ".join(f"{100 * value:.1f} % of the {names.get(key, key)}" for key, value in kept.items())
+    return " and ".join(f"{100 * value:.1f} % of the {METRIC_TITLES.get(key, key)}" for key, value in kept.items())
 
 
 def _public(value: Any) -> Any:

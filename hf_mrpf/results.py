@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from .report import RobustnessReport
 
+METRIC_TITLES = {"macs": "MACs", "params": "parameters", "latency": "latency"}
 LOSS_TITLES = {"ce": "cross-entropy", "dlr": "difference of logits ratio"}
 ATTACK_TITLES = {
     **{"fgsm": "FGSM", "pgd20": "PGD-20", "pgd50x5": "PGD-50 x5", "cw": "CW-PGD", "autoattack": "AutoAttack"},

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .results import attack_title
+from .results import METRIC_TITLES, attack_title
 from .sweep_config import DENSE_AXES
 from .sweep_summary import (
     ROBUST,
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STROKES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 2)))
-METRICS = {"macs": "MACs", "params": "parameters", "latency": "latency"}
 CLEAN, UNDER_ATTACK = COLOURS[0], COLOURS[1]
 PANEL = 3.6  # inches
 ASIDE = 10  # points to the left of the dense model, at which the first control stands
@@ -318,7 +317,7 @@ def _accuracy(attack: str) -> str:
 
 
 def _metrics(rows: Iterable[Row]) -> str:
-    found = dict.fromkeys(METRICS[row["settings"].get("target_metric", "macs")] for row in rows)
+    found = dict.fromkeys(METRIC_TITLES[row["settings"].get("target_metric", "macs")] for row in rows)
     return " or ".join(found)
 
 
