@@ -72,6 +72,9 @@ class AttackConfig:
                 f"step_size is {self.step_size!r}; it must be a number in (0, {2 * largest:g}] in pixels from 0 to 1 "
                 f"for {self.norm}, or None for 2.5 * eps / num_steps."
             )
+        for name in ("eps", "step_size"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, float(value))  # JSON knows no numbers of numpy's
         if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 1:
             raise ValueError(f"num_steps is {self.num_steps!r}; it must be an integer of at least 1.")
         if not isinstance(self.random_start, bool):

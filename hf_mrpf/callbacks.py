@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import has_length
 
 from .attacks import AttackConfig
 from .config import MRPFConfig
@@ -140,7 +141,7 @@ class OverfittingWatch(TrainerCallback, ExportableState):
         split = next(
             (key.removesuffix("_robust_accuracy") for key in metrics if key.endswith("_robust_accuracy")), None
         )
-        if split is None or not len(data):
+        if split is None or not has_length(data) or not len(data):
             return
         if f"{split}_train_robust_accuracy" in metrics:
             self._train = state.global_step, metrics[f"{split}_train_robust_accuracy"]

@@ -1,12 +1,14 @@
 """`MRPFConfig`: every setting of pruning, attack and adversarial fine-tuning, on top of `TrainingArguments`."""
 
 import copy
+import dataclasses
 import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import TrainingArguments
 
@@ -122,8 +124,8 @@ class MRPFConfig(TrainingArguments):
     Raises:
         ValueError: where a value is out of its range or a name is not known, or `awp_gamma` or `ema_decay` comes with
             FSDP or DeepSpeed, which keep a part of the weights on each process, or `awp_gamma` with `fp16`; also for
-            `label_smoothing_factor`, `remove_unused_columns`, `bf16_full_eval` and `fp16_full_eval`, which have no
-            place here.
+            `label_smoothing_factor`, `remove_unused_columns`, `batch_eval_metrics`, `eval_do_concat_batches=False`,
+            `bf16_full_eval` and `fp16_full_eval`, which have no place here.
     """
 
     objective: str = field(default="trades", metadata={"help": f"What to minimise: {', '.join(OBJECTIVES)}."})
@@ -144,9 +146,11 @@ class MRPFConfig(TrainingArguments):
     )
 
     norm: str = field(default="linf", metadata={"help": "Norm of the attack: linf or l2."})
-    eps: float = field(default=8 / 255, metadata={"help": "Radius of the attack in pixels in [0, 1]; 8/255 is read."})
+    eps: float = field(
+        default=8 / 255, metadata={"help": "Radius of the attack in pixels in [0, 1]; recipes read 8/255."}
+    )
     step_size: float | None = field(
-        default=None, metadata={"help": "Step of the attack; 2.5 * eps / num_steps if not given. 2/255 is read."}
+        default=None, metadata={"help": "Step of the attack; 2.5 * eps / num_steps if not given. recipes read 2/255."}
     )
     num_steps: int = field(default=10, metadata={"help": "Steps of the training attack."})
     random_start: bool = field(default=True, metadata={"help": "Start attacks at a random point of the ball."})
@@ -219,6 +223,9 @@ class MRPFConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            if isinstance(value := getattr(self, item.name), np.generic):
+                setattr(self, item.name, value.item())  # JSON knows no numbers of numpy's
         self._check_values()
         self._check_combinations()
         if self.disable_tqdm is None and self.log_level in ("error", "critical"):
@@ -339,6 +346,12 @@ class MRPFConfig(TrainingArguments):
             raise ValueError(
                 "remove_unused_columns=True would take away columns that are no arguments of the model's forward, and "
                 "images are made pixels after that. Leave it out; other columns than images and labels are not read."
+            )
+        if self.batch_eval_metrics or not self.eval_do_concat_batches:
+            name, usual = ("batch_eval_metrics", False) if self.batch_eval_metrics else ("eval_do_concat_batches", True)
+            raise ValueError(
+                f"{name}={not usual} would hand over a batch at a time, and accuracy under attack is measured over all "
+                f"images at once: leave {name} at {usual}."
             )
         for name in ("bf16_full_eval", "fp16_full_eval"):
             if getattr(self, name):

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets import Dataset, Value
+from datasets import Dataset
 from torch import Tensor
 
-from .pixels import HEADER_BYTES, unpack
+from .pixels import HEADER_BYTES, is_packed, unpack
 
 
 class PixelRows(torch.utils.data.Dataset):
@@ -29,7 +29,7 @@ class PixelRows(torch.utils.data.Dataset):
     """
 
     def __init__(self, dataset: Dataset):
-        if dataset.features.get("pixel_values") != Value("binary"):
+        if not is_packed(dataset):
             raise ValueError(
                 f"The columns {', '.join(dataset.column_names)} hold no packed pixels; pass the data set through "
                 "as_pixel_dataset first."

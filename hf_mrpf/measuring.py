@@ -9,6 +9,7 @@ from transformers import EvalPrediction
 
 from .attacks import keyed_start, logits_of, pgd_attack
 from .callbacks import OverfittingWatch
+from .loader import as_float
 from .logs import TrainingMeter, open_reporters, plan_figures
 from .modes import in_own_dtype
 from .pixel_trainer import PixelTrainer
@@ -30,6 +31,11 @@ class MeasuringTrainer(PixelTrainer):
     """
 
     def __init__(self, *, compute_metrics: Callable | None = None, **kwargs: Any):
+        if kwargs.get("preprocess_logits_for_metrics") is not None:
+            raise ValueError(
+                "preprocess_logits_for_metrics has no place here: accuracy is measured from the logits of clean images "
+                "and of those under attack, both whole. Reduce the former in compute_metrics."
+            )
         self._meter = TrainingMeter()
         self._clean_metrics = compute_metrics
         super().__init__(compute_metrics=self._metrics, **kwargs)
@@ -73,8 +79,11 @@ class MeasuringTrainer(PixelTrainer):
             "adversarial_loss_gap": (adversarial_loss - clean_loss).item(),
         }
         if self._clean_metrics is not None:
-            clean, label_ids = prediction.predictions[0], prediction.label_ids
-            metrics |= self._clean_metrics(EvalPrediction(predictions=clean, label_ids=label_ids))
+            images = prediction.inputs  # where include_for_metrics asks for them; in bytes, as they cross to the device
+            images = None if images is None else as_float(torch.as_tensor(images)).numpy()
+            metrics |= self._clean_metrics(
+                EvalPrediction(prediction.predictions[0], prediction.label_ids, images, prediction.losses)
+            )
         return metrics
 
     def evaluation_loop(self, *args, **kwargs):

@@ -47,7 +47,13 @@ class OptimizingTrainer(ResumableTrainer):
             self._start_afresh(model)
         self._remember(model)
         self._has_trained = True
-        return super()._prepare_for_training(*args, **kwargs)
+        given = self.optimizer
+        try:
+            return super()._prepare_for_training(*args, **kwargs)
+        finally:
+            # Not by create_optimizer alone, which a subclass may override.
+            if given is None:
+                self._own_optimizer = self.optimizer is not None
 
     def _trained(self) -> bool:
         # `compress` prunes without the trainer's knowing.

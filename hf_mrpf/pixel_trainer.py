@@ -15,7 +15,7 @@ from .calibration import number_of_classes
 from .class_names import check_class_names, model_class_names
 from .config import MRPFConfig
 from .loader import PixelRows, as_float, batches, collate_pixels, with_index
-from .pixels import as_pixel_dataset, own_class_names
+from .pixels import as_pixel_dataset, is_packed, own_class_names
 from .publishing import PublishingTrainer
 
 LOGGER = logging.getLogger("hf_mrpf")
@@ -23,6 +23,10 @@ RENUMBER = (
     "it would be trained to misname them. Number the labels as the model does, by "
     "dataset.align_labels_with_mapping(model.config.label2id, column), or build the model with "
     "id2label=dict(enumerate(names of the data set))."
+)
+NUMBER_ALIKE = (
+    "it has no names of its own, and learns those of the training images. Number the labels as there, by "
+    "dataset.align_labels_with_mapping({name: number for number, name in enumerate(names)}, column)."
 )
 
 
@@ -66,21 +70,23 @@ class PixelTrainer(PublishingTrainer):
             return dataset
         pixels = as_pixel_dataset(dataset, self._image_size)
         classes = getattr(pixels.features["labels"], "num_classes", None)
-        if self._num_labels is None or classes is None:
+        if classes is None:
             return pixels
-        # Integers without names tell of no class above the highest one that occurs.
-        fits = classes == self._num_labels if own_class_names(pixels) else classes <= self._num_labels
-        if not fits:
-            raise ValueError(
-                f"The data set has {classes} classes and the model {self._num_labels}; "
-                f"build the model with num_labels={classes}."
-            )
-        check_class_names(self._class_names, own_class_names(pixels), RENUMBER)
+        if self._num_labels is not None:
+            # Integers without names tell of no class above the highest one that occurs.
+            fits = classes == self._num_labels if own_class_names(pixels) else classes <= self._num_labels
+            if not fits:
+                raise ValueError(
+                    f"The data set has {classes} classes and the model {self._num_labels}; "
+                    f"build the model with num_labels={classes}."
+                )
+        advice = NUMBER_ALIKE if self._num_labels is None else RENUMBER
+        check_class_names(self._class_names, own_class_names(pixels), advice)
         return pixels
 
     def _indexed(self, dataset: Any) -> Any:
         """Pixels with the index of each image, which keys its random start in the attack."""
-        if not isinstance(dataset, Dataset) or "index" in dataset.column_names:
+        if not isinstance(dataset, Dataset) or ("index" in dataset.column_names and is_packed(dataset)):
             return dataset
         return with_index(self._pixels(dataset))
 
@@ -98,6 +104,7 @@ class PixelTrainer(PublishingTrainer):
 
     def get_train_dataloader(self):
         """As in `Trainer`; a last batch of a single image is left out where the model has BatchNorm."""
+        self._decode_training_images()
         given = self.args.dataloader_drop_last
         if not given and self._leaves_a_single_image():
             if self.is_world_process_zero():
@@ -111,6 +118,10 @@ class PixelTrainer(PublishingTrainer):
             return super().get_train_dataloader()
         finally:
             self.args.dataloader_drop_last = given  # it holds for evaluations as well, which count every image
+
+    def _decode_training_images(self) -> None:
+        """Where the user has put another data set in place of the one that the trainer was made with."""
+        self.train_dataset = self._pixels(self.train_dataset)
 
     def _leaves_a_single_image(self) -> bool:
         dataset: Any = self.train_dataset
@@ -135,7 +146,7 @@ def _name_classes(model: nn.Module, dataset: Dataset) -> list[str] | None:
     if names is not None and len(names) == getattr(config, "num_labels", None):
         config.id2label = dict(enumerate(names))
         config.label2id = {name: index for index, name in enumerate(names)}
-    return model_class_names(model)
+    return model_class_names(model) or names
 
 
 def _picking_by_split(args: MRPFConfig, splits: list[str]) -> MRPFConfig:

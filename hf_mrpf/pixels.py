@@ -45,7 +45,7 @@ def as_pixel_dataset(
         ValueError: where a column is missing, a label is out of range, an image is broken or has more than 8 bits a
             channel (the row is named), images are of several sizes, or `pixel_values` have another shape or range.
     """
-    if "pixel_values" in dataset.column_names and dataset.features["pixel_values"] == Value("binary"):
+    if is_packed(dataset):
         dataset = dataset.with_transform(unpack)
         if image_size is not None and len(dataset):
             decoded = list(dataset[0]["pixel_values"].shape)
@@ -63,6 +63,11 @@ def as_pixel_dataset(
     _, class_names = checked_labels(dataset, columns[1], None)
     shape = first_shape(dataset, columns[0], image_size)
     return pack(dataset, None, columns, shape, class_names, image_size)
+
+
+def is_packed(dataset: Dataset) -> bool:
+    """Whether a data set is one that [`as_pixel_dataset`] gives, or a selection of it."""
+    return dataset.features.get("pixel_values") == Value("binary")
 
 
 def find_columns(dataset: Dataset, image: str | None, label: str | None) -> tuple[str, str]:

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -43,7 +43,7 @@ def plan_pruning(
     target: float = 0.5,
     target_metric: str = "macs",
     allocation: str = "mrs",
-    scores: Mapping[str, float] | None = None,
+    scores: Mapping[str, float] | Callable[[], Mapping[str, float]] | None = None,
     combine: str = "sum",
     importance: str = "magnitude",
     batches: Batches | None = None,
@@ -83,10 +83,11 @@ def plan_pruning(
             controls `"anti_mrs"` and `"shuffled_mrs"` read sensitivities, `"global"` and `"isomorphic"` importances.
             The measured ones, such as `"netadapt"`, need `batches` and `attack` for the losses of pruned copies, and
             go with neither a target of latency nor `round_to="auto"`; on several processes the first one measures.
-        scores (`Mapping[str, float]`, *optional*):
+        scores (`Mapping[str, float]` or `Callable`, *optional*):
             Sensitivities in nats of every member by module name (combined per unit), or of every unit by unit name
-            (taken as they are). Where the allocation reads them and they are not given, they are measured on `batches`
-            with `attack`.
+            (taken as they are); or a function without arguments that measures them, called once all else that is asked
+            for is known to be possible. Where the allocation reads them and they are not given, they are measured on
+            `batches` with `attack`.
         combine (`str`, *optional*, defaults to `"sum"`):
             How members' scores make a unit's: `"sum"`, `"max"`, `"mean"`, or `"joint"`, which perturbs all members of a
             unit together and so needs `batches` and `attack`, or scores by unit name.
@@ -146,11 +147,8 @@ def plan_pruning(
         raise ValueError(
             f"allocation {allocation!r} needs batches and attack to measure losses on; none or only one was given."
         )
-    if scores is not None and not isinstance(scores, Mapping):
-        raise ValueError(
-            f"scores are a {type(scores).__name__}; a mapping of the names of members, or of units, to numbers is "
-            "needed, such as module_robustness_sensitivity returns."
-        )
+    if not callable(scores):
+        _check_scores(scores)
     check_class(model)
     if not _sums_are_finite(model):
         check_finite_weights(model)
@@ -169,6 +167,9 @@ def plan_pruning(
 
     module_scores: dict[str, float] = {}
     unit_scores: dict[str, float] = {}
+    if callable(scores):
+        scores = scores()
+        _check_scores(scores)
     if scores is None and "sensitivities" in read and calibration is not None:
         groups = {unit.name: unit.members for unit in graph.units} if combine == "joint" else None
         scores = module_robustness_sensitivity(
@@ -356,6 +357,14 @@ def _check_options(
         if not isinstance(number, int) or isinstance(number, bool) or number < least:
             other = ", or 'auto'," if name == "round_to" else ""
             raise ValueError(f"{name} is {number!r}; an integer of at least {least}{other} is needed.")
+
+
+def _check_scores(scores: Any) -> None:
+    if not isinstance(scores, Mapping | None):
+        raise ValueError(
+            f"scores are a {type(scores).__name__}; a mapping of the names of members, or of units, to numbers is "
+            "needed, such as module_robustness_sensitivity returns."
+        )
 
 
 def _attacked(

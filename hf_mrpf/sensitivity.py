@@ -8,7 +8,7 @@ from itertools import combinations, islice
 from numbers import Real
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -151,7 +151,10 @@ def module_robustness_sensitivity(
         "images_per_set": [len(images) for images, _ in sets],
         "batch_size": batch_size,
         "groups": {name: list(members) for name, members in (groups or {}).items()},
-        "slices": {name: [module, rows.start, rows.stop] for name, (module, rows) in (slices or {}).items()},
+        "slices": {
+            name: [module, *rows.indices(len(cast(Tensor, model.get_submodule(module).weight)))]
+            for name, (module, rows) in (slices or {}).items()
+        },
         "dtype": str(every_piece[0].weight.dtype).removeprefix("torch."),
     }
     per_set, robust_losses, first = [], [], 0
@@ -213,7 +216,7 @@ def unit_sensitivity(scores: Mapping[str, float], units: Iterable[Any], combine:
     # A unit may be called after one of its members: only a score of another member tells that scores are by module.
     by_module = any(member in scores and member not in names for unit in units for member in unit.members)
     if unscored and not by_module and names <= scores.keys():
-        return {unit.name: scores[unit.name] for unit in units}
+        return {unit.name: float(scores[unit.name]) for unit in units}
     if combine not in COMBINERS:
         raise ValueError(
             f"combine is {combine!r}; known combiners: {', '.join(COMBINERS)}. Joint scores are measured with "
@@ -224,7 +227,7 @@ def unit_sensitivity(scores: Mapping[str, float], units: Iterable[Any], combine:
             f"member {unscored[0][1]!r} of unit {unscored[0][0]!r} has no score ({len(unscored)} such members in all); "
             "give scores of all members by module name, or of all units by unit name."
         )
-    return {unit.name: COMBINERS[combine]([scores[member] for member in unit.members]) for unit in units}
+    return {unit.name: float(COMBINERS[combine]([scores[member] for member in unit.members])) for unit in units}
 
 
 def check_finite_weights(model: nn.Module) -> None:
@@ -272,9 +275,17 @@ def _targets(
             members[name] = Piece(module.weight)
     of_module: dict[str, list[str]] = {name: [name] for name in members}
     for name, (module_name, rows) in (slices or {}).items():
-        if module_name not in members:
+        if module_name not in of_module:
             raise ValueError(
-                f"slice {name!r} is of {module_name!r}, which is not scored; scored: {', '.join(members)}."
+                f"slice {name!r} is of {module_name!r}, which is not scored; scored: {', '.join(of_module)}."
+            )
+        if name in members:
+            raise ValueError(f"slice {name!r} has the name of a module, whose score it would take; give it another.")
+        length = len(members[module_name].weight)
+        if not isinstance(rows, slice) or not range(length)[rows]:
+            raise ValueError(
+                f"slice {name!r} is {rows!r} of the {length} rows of {module_name!r}; a slice that holds some of them "
+                "is needed, such as slice(0, 8)."
             )
         members[name] = Piece(members[module_name].weight, rows)
         of_module.setdefault(module_name, []).append(name)
@@ -287,6 +298,8 @@ def _targets(
     if not groups:
         raise ValueError("groups is empty; give at least one group of modules, or None to score each module by itself.")
     for group, names in groups.items():
+        if isinstance(names, str):
+            raise ValueError(f"group {group!r} is {names!r}; a list of members is needed, such as [{names!r}].")
         unknown = [name for name in names if name not in members]
         if unknown or not names:
             wrong = f"the unknown member {unknown[0]!r}" if unknown else "no members"

@@ -5,10 +5,10 @@ import copy
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils import broadcast, broadcast_object_list, is_compiled_module
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
@@ -30,7 +30,8 @@ from .processes import Processes
 from .progress import shows_progress
 from .pruning import plan_pruning, prune
 from .repair import RepairReport, repair
-from .sensitivity import check_finite_weights, module_robustness_sensitivity
+from .rollback import rolled_back_on_failure
+from .sensitivity import SensitivityResult, check_finite_weights, module_robustness_sensitivity
 from .units import pruning_units
 from .weight_perturbation import adversarial_weights
 
@@ -103,6 +104,16 @@ class MRPFTrainer(OptimizingTrainer):
                 "MRPFTrainer needs a model, and takes no model_init: that would build the dense model anew at each "
                 "train(), and what prune() did would be lost. Give model=model_init()."
             )
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError(
+                "compute_loss_func would not be called: the loss is that of an objective, which makes its adversarial "
+                "images as well. Give MRPFConfig(objective=...), a name or a function."
+            )
+        if is_compiled_module(model):
+            raise ValueError(
+                "model is compiled, and what is pruned and saved is the network inside. Give that "
+                "(model._orig_mod), and MRPFConfig(torch_compile=True)."
+            )
         check_class(model)
         check_finite_weights(model)
         if isinstance(model, PrunedForImageClassification):
@@ -142,7 +153,8 @@ class MRPFTrainer(OptimizingTrainer):
         Sensitivities are kept in `sensitivity.jsonl` of `output_dir` as they are measured, and a pruning of the same
         weights that was interrupted goes on from there. Afterwards the trainer is as new: the optimizer and the
         schedule are made afresh by the next `train()`. What each step did to the accuracy on the validation split is in
-        `pruning_report`, and which layers the repair re-fitted or left in `repair_report`.
+        `pruning_report`, and which layers the repair re-fitted or left in `repair_report`. Where anything ends it
+        early, Ctrl-C too, model and trainer are as before.
 
         Args:
             plan ([`PruningPlan`], *optional*):
@@ -166,6 +178,7 @@ class MRPFTrainer(OptimizingTrainer):
                 "This trainer was given an optimizer, which points at the weights before pruning. "
                 "Prune with a trainer without `optimizers`, then make the optimizer from the pruned model."
             )
+        self._decode_training_images()
         if not isinstance(self.train_dataset, Dataset):
             raise ValueError(
                 f"prune() draws its calibration images from train_dataset, a datasets.Dataset; here it is "
@@ -194,6 +207,24 @@ class MRPFTrainer(OptimizingTrainer):
             plan = replaced if replaced.kept == plan.kept else dataclasses.replace(replaced, latency=None)
         plan = PruningPlan.from_dict(broadcast_object_list([plan.to_dict()])[0])
 
+        earlier = self.pruning_report, self.repair_report
+        self.pruning_report, self.repair_report = {}, None
+        try:
+            with rolled_back_on_failure(model):
+                plan = self._apply(plan, model, calibration)
+        except BaseException:
+            self.pruning_report, self.repair_report = earlier
+            raise
+        self._start_afresh(model)
+        self._check_same("after pruning")
+        self.plans.append(plan)
+        self._log_pruning(plan)
+        self._fire("on_prune_end", plan=plan)
+        return plan
+
+    def _apply(self, plan: PruningPlan, model: nn.Module, calibration: list) -> PruningPlan:
+        """Removal, repair and statistics, each measured; the plan with the sizes that came of it."""
+        args, training_images = self.args, cast(Dataset, self.train_dataset)
         dense = copy.deepcopy(model) if args.repair else None
         self._report("before")
         before = _size(model, plan)
@@ -207,25 +238,21 @@ class MRPFTrainer(OptimizingTrainer):
             )
             self._report("repaired")
         if args.recalibration_samples:
-            size = min(args.recalibration_samples, len(self.train_dataset))
+            size = min(args.recalibration_samples, len(training_images))
             batch = min(args.per_device_train_batch_size, size)
             # Whole batches only: each counts the same in the statistics.
-            subset = stratified_subset(self.train_dataset, size - size % batch, seed=args.seed)
+            subset = stratified_subset(training_images, size - size % batch, seed=args.seed)
             recalibrate_batchnorm(model, [(images.to(args.device), y) for images, y in batches(subset, batch)])
             self._report("recalibrated")
         if args.world_size > 1:
             for tensor in model.state_dict().values():
                 tensor.copy_(broadcast(tensor))
-        self._start_afresh(model)
-        self._check_same("after pruning")
-        self.plans.append(plan)
-        self._log_pruning(plan)
-        self._fire("on_prune_end", plan=plan)
         return plan
 
     def _plan(self, model: nn.Module, calibration: list) -> PruningPlan:
-        args, example, scores = self.args, calibration[0][0][:1], None
-        if "sensitivities" in reads(args.allocation):
+        args, example = self.args, calibration[0][0][:1]
+
+        def measure() -> SensitivityResult:
             joint = args.combine == "joint"
             units = pruning_units(model, example, heads=args.prune_heads) if joint else []
             groups = {unit.name: unit.members for unit in units} if joint else None
@@ -243,13 +270,15 @@ class MRPFTrainer(OptimizingTrainer):
                 journal=Path(str(args.output_dir)) / "sensitivity.jsonl",
             )
             self._fire("on_sensitivity_end", sensitivity=scores)
+            return scores
+
         return plan_pruning(
             model,
             example,
             target=args.target,
             target_metric=args.target_metric,
             allocation=args.allocation,
-            scores=scores,
+            scores=measure if "sensitivities" in reads(args.allocation) else None,
             combine=args.combine,
             importance=args.importance,
             batches=calibration,

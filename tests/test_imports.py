@@ -70,6 +70,7 @@ FLOORS = {
     "evaluation": 2,
     "sanity": 2.5,
     "pruning": 3,
+    "rollback": 1,
     "repair": 2.4,
     "pruned_copies": 2.5,
     "netadapt": 2.6,

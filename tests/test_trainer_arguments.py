@@ -1,0 +1,206 @@
+"""What users of `Trainer` hand over besides: other data sets, optimizers of a subclass, hooks; served, or refused."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, concatenate_datasets
+from torch import nn
+from transformers import TrainerCallback
+
+from hf_mrpf import AttackConfig, MRPFConfig, MRPFTrainer, PrunedForImageClassification, load_image_data
+from hf_mrpf.data import as_pixel_dataset
+
+QUICK = {
+    "eps": 0.1,
+    "num_steps": 1,
+    "eval_num_steps": 5,
+    "per_device_train_batch_size": 32,
+    "calibration_sets": 2,
+    "calibration_set_size": 8,
+    "sensitivity_steps": 1,
+    "recalibration_samples": 32,
+    "crop_padding": 0,
+    "horizontal_flip": False,
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "max_steps": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_image_data(max_train_samples=64, max_eval_samples=24)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(1)
+    sizes = {"layers": (1, 1, 1, 1), "channels": (8, 12, 16, 16), "stem_type": "deep", "stem_width": 4}
+    return PrunedForImageClassification.from_backbone(
+        "timm/resnet18", num_labels=10, image_size=16, small_images=True, **sizes
+    )
+
+
+def plain_net() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 10))
+
+
+def quick(folder, **changes) -> MRPFConfig:
+    return MRPFConfig(str(folder), **(QUICK | changes))
+
+
+class StopAfter(TrainerCallback):
+    """Ctrl-C in the middle of an evaluation."""
+
+    def __init__(self, steps: int):
+        self.left = steps
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+# An evaluation is one batch: before, removed, repaired, recalibrated.
+@pytest.mark.parametrize("batches", [2, 3, 4])
+def test_a_pruning_that_is_interrupted_has_not_been(tmp_path, data, model, batches):
+    trainer = MRPFTrainer(model, quick(tmp_path / "a"), data.train, data.validation)
+    trainer.train()
+    own = dict(model.named_parameters())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    stop = StopAfter(batches)
+    trainer.add_callback(stop)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.prune()
+    assert model.config.pruning is None and not trainer.plans and not trainer.pruning_report
+    assert all(parameter is own[name] for name, parameter in model.named_parameters())
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert model.backbone.layer4[0].conv1.out_channels == 16
+    trainer.train()  # with the optimizer of before
+    trainer.remove_callback(stop)
+    plan = trainer.prune()
+    kept = sum(parameter.numel() for parameter in model.parameters())
+    assert kept == plan.after["params"] < plan.before["params"] == sum(tensor.numel() for tensor in own.values())
+    assert list(trainer.pruning_report) == ["before", "removed", "repaired", "recalibrated"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"target": 0.01}, "target 0.01 cannot be met"), ({"ignore": ["layer4"]}, "ignore names 'layer4', which is no")],
+)
+def test_what_needs_no_measurement_is_refused_before_one(tmp_path, data, model, changes, message):
+    with pytest.raises(ValueError, match=message):
+        MRPFTrainer(model, quick(tmp_path, **changes), data.train).prune()
+    assert not (tmp_path / "sensitivity.jsonl").exists()
+
+
+def test_a_subclass_makes_its_own_optimizer_and_prunes(tmp_path, data, model):
+    class Own(MRPFTrainer):
+        def create_optimizer(self, *args, **kwargs):
+            if self.optimizer is None:
+                self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+            return self.optimizer
+
+    trainer = Own(model, quick(tmp_path), data.train)
+    trainer.train()
+    trainer.prune()
+    trainer.train()
+    held = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    assert held == {id(parameter) for parameter in model.parameters()}
+    given = Own(model, quick(tmp_path), data.train, optimizers=(torch.optim.SGD(model.parameters(), lr=0.1), None))
+    with pytest.raises(ValueError, match="given an optimizer"):
+        given.prune()
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(0)
+        for label in range(20):
+            yield {"pixel_values": torch.rand(3, 16, 16, generator=generator), "labels": label % 10}
+
+
+def test_data_sets_of_other_kinds_and_columns_are_evaluated_and_trained_on(tmp_path, data):
+    each = {"eval_strategy": "steps", "eval_steps": 1}
+    trainer = MRPFTrainer(plain_net(), quick(tmp_path, **each), data.train, Stream())
+    trainer.train()
+    assert "robust_accuracy" in str(trainer.state.log_history)
+
+    raw = Dataset.from_dict(
+        {
+            "pixel_values": [image.numpy() for image in data.validation["pixel_values"][:]],
+            "label": data.validation["labels"][:],
+            "index": list(range(len(data.validation)))[::-1],
+        }
+    )
+    own, usual = (MRPFTrainer(plain_net(), quick(tmp_path), data.train, images) for images in (raw, data.validation))
+    own.model.load_state_dict(usual.model.state_dict())
+    assert own.evaluate()["eval_robust_accuracy"] == usual.evaluate()["eval_robust_accuracy"]
+
+    own.train_dataset = raw  # in place of the one that the trainer was made with
+    own.train()
+    own.prune()
+    assert isinstance(concatenate_datasets([own.train_dataset, as_pixel_dataset(raw)]), Dataset)
+
+
+def test_validation_images_numbered_otherwise_than_training_images_are_refused_for_a_plain_network(tmp_path, data):
+    from datasets import ClassLabel
+
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+    def named(split, names):
+        images = {"pixel_values": [image.numpy() for image in split["pixel_values"][:]], "label": split["labels"][:]}
+        return Dataset.from_dict(images).cast_column("label", ClassLabel(names=names))
+
+    train = named(data.train, names)
+    MRPFTrainer(plain_net(), quick(tmp_path), train, named(data.validation, names))
+    with pytest.raises(ValueError, match="class 0 is 'zero' for the model and 'nine' in the data set: it has no names"):
+        MRPFTrainer(plain_net(), quick(tmp_path), train, named(data.validation, names[::-1]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compute_loss_func": print}, r"compute_loss_func would not be called.*MRPFConfig\(objective="),
+        ({"preprocess_logits_for_metrics": print}, "preprocess_logits_for_metrics has no place here"),
+        ({"model": torch.compile(nn.Linear(2, 2), backend="eager")}, r"model is compiled.*model\._orig_mod"),
+    ],
+)
+def test_arguments_that_would_change_nothing_or_fail_late_are_refused(tmp_path, data, options, message):
+    with pytest.raises(ValueError, match=message):
+        MRPFTrainer(**({"model": plain_net(), "args": quick(tmp_path), "train_dataset": data.train} | options))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_eval_metrics": True}, "batch_eval_metrics=True would hand over a batch at a time.*leave .* at False"),
+        ({"eval_do_concat_batches": False}, "eval_do_concat_batches=False would hand over.*leave .* at True"),
+    ],
+)
+def test_evaluations_batch_by_batch_are_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        quick(tmp_path, **changes)
+
+
+def test_metrics_of_the_user_get_images_and_losses_where_they_ask_for_them(tmp_path, data, model):
+    def metrics(prediction):
+        assert prediction.losses.shape == (24,)
+        return {"brightness": float(prediction.inputs.mean())}
+
+    args = quick(tmp_path, include_for_metrics=["inputs", "loss"])
+    found = MRPFTrainer(model, args, data.train, data.validation, compute_metrics=metrics).evaluate()
+    pixels = data.validation["pixel_values"][:]
+    assert found["eval_brightness"] == pytest.approx(float(pixels.float().mean() / 255), abs=1e-6)
+
+
+def test_numbers_of_numpy_are_taken(tmp_path, data, model):
+    args = quick(tmp_path, eps=np.float32(0.1), target=np.float64(0.5), num_steps=np.int64(1), seed=np.int32(3))
+    assert all(type(getattr(args, name)) in (int, float) for name in ("eps", "target", "num_steps", "seed"))
+    attack = AttackConfig(eps=np.float32(0.1), step_size=np.float32(0.05))
+    assert (type(attack.eps), type(attack.step_size)) == (float, float)
+    trainer = MRPFTrainer(model, args, data.train)
+    plan = trainer.prune()
+    plan.save(tmp_path / "plan.json")
