@@ -11,6 +11,7 @@ from .attacks import (
     check_labels,
     check_pixels,
     check_start,
+    gradient_of,
     lengths,
     logits_of,
     surely_wrong,
@@ -82,7 +83,7 @@ def apgd_attack(
                 if targeted
                 else F.cross_entropy(logits, labels, reduction="none")
             )
-            (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+            gradient = gradient_of(loss.sum(), leaf)
         # A copy, as it is kept: a network compiled into CUDA graphs writes its next gradient over this one.
         return loss.detach(), gradient.clone(), surely_wrong(logits.detach(), labels)
 

@@ -266,8 +266,7 @@ def pgd_attack(
                         f"the clean logits have {labels.shape[1]} classes and the model {logits.shape[1]}; give "
                         "logits, or a teacher that makes them, of the same classes."
                     )
-                value = LOSSES[loss](logits, labels)
-                (gradient,) = torch.autograd.grad(value, adversarial)
+                gradient = gradient_of(LOSSES[loss](logits, labels), adversarial)
             with torch.no_grad():
                 adversarial.requires_grad_(False)
                 if until_fooled and (fooled := surely_wrong(logits, labels)).any():
@@ -281,6 +280,24 @@ def pgd_attack(
                 STEPS[attack.norm](adversarial, gradient, images, attack)
     found = adversarial if found is None else found.index_copy_(0, places, adversarial)
     return found.contiguous()
+
+
+def gradient_of(loss: Tensor, images: Tensor) -> Tensor:
+    """
+    Gradient of a loss with respect to the images that it was computed from.
+
+    Raises:
+        ValueError: If there is none, as of a model that is quantised or runs without gradients.
+    """
+    gradient = None
+    if loss.requires_grad:
+        (gradient,) = torch.autograd.grad(loss, images, allow_unused=True)
+    if gradient is None:
+        raise ValueError(
+            "the model lets no gradient through to its images (its forward turns gradients off, or it is quantised), "
+            "and an attack follows one: only evaluate_robustness(..., attacks=['square']) needs none."
+        )
+    return gradient
 
 
 def keyed_generator(seed: int, index: int, restart: int = 0) -> torch.Generator:

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attacks import AttackConfig, check_attack, logits_of
+from .attacks import AttackConfig, check_attack, gradient_of, logits_of
 from .class_names import model_class_names
-from .fingerprint import weights_sha256
+from .fingerprint import network_sha256
 from .folding import fast_layout
 from .indexed_images import count_images, indexed_batches, pools
 from .journal import Journal
@@ -96,9 +96,9 @@ def evaluate_robustness(
             Whether every process of the group makes this same call: each then attacks a share of every `batch_size`
             times their number of images, no image twice, and all get the same report.
         journal (`Path` or `str`, *optional*):
-            File to keep the verdicts in, after each batch of each run. The same call on the same weights goes on from
-            there; an image that is another one now is measured again. Verdicts of other weights, or of another seed or
-            threat model, are moved aside, to `<name>.1`; a file that holds no verdicts is refused.
+            File to keep the verdicts in, after each batch of each run. The same call on the same network goes on from
+            there; an image that is another one now is measured again. Verdicts on another network, or of another seed
+            or threat model, are moved aside, to `<name>.1`; a file that holds no verdicts is refused.
 
     Returns:
         [`RobustnessReport`]
@@ -106,7 +106,8 @@ def evaluate_robustness(
     Raises:
         `ValueError`: unknown attack (the known are listed), no images, images that are not pixels in [0, 1], labels
             that the logits have no place for, a data set whose named classes are not the first ones of the model's
-            config in the same order, logits that are not finite (the first such image is named).
+            config in the same order, logits that are not finite (the first such image is named), a model that lets no
+            gradient through, of which `square` alone can tell.
     """
     attack = attack or AttackConfig()
     names = _known_attacks([attacks] if isinstance(attacks, str) else attacks)
@@ -122,8 +123,9 @@ def evaluate_robustness(
     weight = next(model.parameters(), torch.zeros(()))
     processes = Processes.of(distributed)
     subject = {"norm": attack.norm, "eps": attack.eps, "step_size": attack.step_size, "seed": seed}
-    subject |= {"random_start": attack.random_start, "zero_gradients": bool(names)}
-    subject |= {"weights": weights_sha256(model)} if journal else {}
+    gradient = any(part.method != "square" for name in names for part in ATTACKS[name])
+    subject |= {"random_start": attack.random_start, "zero_gradients": gradient}
+    subject |= {"network": network_sha256(model)} if journal else {}
     fingerprint = hashlib.sha256()
     network = _in_float32(model)
     image_size = getattr(getattr(model, "config", None), "image_size", None)
@@ -142,7 +144,7 @@ def evaluate_robustness(
 
         def clean(indices: list[int], images: Tensor, labels: Tensor) -> list[str]:
             where = images.to(weight.device), labels.to(weight.device)
-            return _clean_answers(network, *where, indices, gradient=bool(names))
+            return _clean_answers(network, *where, indices, gradient=gradient)
 
         for pool in pools(indexed_batches(data, num_samples, seed, batch_size, image_size, model_class_names(model))):
             _add_to(fingerprint, pool.indices, pool.images, pool.labels)
@@ -176,7 +178,7 @@ def evaluate_robustness(
         norm=attack.norm,
         eps=attack.eps,
         seed=seed,
-        zero_gradient_share=blind / count if names else None,
+        zero_gradient_share=blind / count if gradient else None,
         data_name=data_name,
         images=fingerprint.hexdigest(),
         device=str(weight.device),
@@ -230,7 +232,7 @@ def _clean_logits(
             )
         if not gradient:
             return logits, torch.zeros_like(labels, dtype=torch.bool)
-        (slope,) = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), leaf)
+        slope = gradient_of(F.cross_entropy(logits, labels, reduction="sum"), leaf)
     return logits.detach(), slope.flatten(1).abs().amax(1) == 0
 
 

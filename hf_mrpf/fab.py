@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .attacks import AttackConfig, check_labels, check_pixels, logits_of, surely_wrong, under_attack
+from .attacks import AttackConfig, check_labels, check_pixels, gradient_of, logits_of, surely_wrong, under_attack
 from .folding import fast_layout
 
 OVERSHOOT = 1.05  # eta of the paper: how far beyond the linearised boundary a step goes
@@ -57,7 +57,7 @@ def fab_attack(model: nn.Module, images: Tensor, labels: Tensor, attack: AttackC
                 leaf = points.view(-1, *shape).contiguous(memory_format=layout).requires_grad_()
                 logits = logits_of(model(leaf))
                 gap = (logits.gather(1, targets[:, None]) - logits.gather(1, labels[:, None])).squeeze(1)
-                (gradient,) = torch.autograd.grad(gap.sum(), leaf)
+                gradient = gradient_of(gap.sum(), leaf)
             points = _next(points, origins, gap.detach(), gradient.flatten(1), attack.norm)
             logits = logits_of(model(points.view(-1, *shape).contiguous(memory_format=layout)))
             wrong = logits.argmax(1) != labels

@@ -93,6 +93,8 @@ def _raw_batches(
             "data is an IterableDataset, whose images are not known beforehand; load the split without streaming, or "
             "take some of it: Dataset.from_list(list(data.take(1000)), features=data.features)."
         )
+    if isinstance(data, Mapping) and any(isinstance(value, Tensor) for value in data.values()):
+        raise ValueError(f"data is a mapping of {', '.join(map(str, data))}; pixel_values and labels are needed.")
     if isinstance(data, Mapping):
         raise ValueError(f"data holds several splits ({', '.join(map(str, data))}); hand over one of them.")
     if isinstance(data, Dataset):
@@ -104,6 +106,8 @@ def _raw_batches(
             yield order[start : start + batch_size], images, labels
     elif _is_pair(data):
         images, labels = data
+        if not isinstance(labels, Tensor):
+            raise ValueError(f"data is a tensor and a {type(labels).__name__}; give labels as torch.as_tensor(labels).")
         if len(images) != len(labels):
             raise ValueError(f"There are {len(images)} images and {len(labels)} labels; one label per image is needed.")
         order = stratified_indices(labels.tolist(), num_samples, seed)

@@ -89,7 +89,10 @@ def find_columns(dataset: Dataset, image: str | None, label: str | None) -> tupl
         candidates = sorted(classes, key=lambda name: -classes[name])
         candidates = candidates or [name for name in ("labels", "label") if name in integers]
         if not candidates:
-            raise ValueError(f"no column of class labels was found: {known}; name the column.")
+            raise ValueError(
+                f"no column of class labels was found: {known}. Attacks need one: call it labels, of whole numbers "
+                "from 0 on or made classes of by dataset.class_encode_column; load_image_data takes its name too."
+            )
         label = candidates[0]
         if len(classes) > 1:
             others = ", ".join(f"{name} ({classes[name]})" for name in candidates[1:])

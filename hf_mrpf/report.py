@@ -40,7 +40,8 @@ class RobustnessReport:
             Seed of the subset and of the random starts.
         zero_gradient_share (`float`, *optional*):
             Share of images whose cross-entropy has a gradient of exactly zero at every pixel. Gradient attacks cannot
-            move these, so a robust accuracy beside a large share is not to be trusted. None if nothing was attacked.
+            move these, so a robust accuracy beside a large share is not to be trusted. None if nothing was attacked,
+            or only without gradients.
         data_name (`str`):
             What the images are.
         images (`str`):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .attacks import AttackConfig, check_attack
 from .attention import attention_slices
 from .calibration import attacked_batches, calibration_sets
-from .fingerprint import images_sha256, weights_sha256
+from .fingerprint import images_sha256, network_sha256
 from .journal import Journal
 from .modes import eval_mode, frozen
 from .prefix import ReadingOrder
@@ -122,7 +122,7 @@ def module_robustness_sensitivity(
             Whether every process of the group makes this same call: each then takes a share of every set, and all get
             the same scores.
         journal (`Path` or `str`, *optional*):
-            File to keep each score in as soon as it is measured. The same call on the same weights and images goes on
+            File to keep each score in as soon as it is measured. The same call on the same network and images goes on
             from there, and ends with the same result.
 
     Returns:
@@ -344,9 +344,9 @@ def _scores(
 
 
 def _subject(settings: Mapping[str, Any], model: nn.Module, sets: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """Everything that a score depends on: settings, weights, images."""
+    """Everything that a score depends on: settings, network, images."""
     images = [images_sha256(*pair) for pair in sets]
-    return {"sensitivity": dict(settings), "weights": weights_sha256(model), "images": images}
+    return {"sensitivity": dict(settings), "network": network_sha256(model), "images": images}
 
 
 def _mean_spearman(per_set: Sequence[Mapping[str, float]]) -> float | None:

@@ -68,7 +68,9 @@ class MRPFTrainer(OptimizingTrainer):
             One Image (or `pixel_values`) column and one ClassLabel column. Calibration images are drawn from it, and
             a config that calls the classes `LABEL_0` and so on gets its names.
         eval_dataset (`datasets.Dataset`, *optional*):
-            The validation split, in the same schema; never the test split.
+            The validation split, in the same schema; never the test split. Of both, images are decoded once: a
+            `data_collator` of your own, among the other arguments of [`~transformers.Trainer`], gets rows of
+            `pixel_values` and `labels`.
         compute_metrics (`Callable`, *optional*):
             Further metrics, of the clean logits, as in [`~transformers.Trainer`].
         teacher (`torch.nn.Module`, *optional*):

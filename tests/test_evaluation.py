@@ -16,7 +16,8 @@ from PIL import Image as PILImage
 from torch import nn
 
 from hf_mrpf import named_attacks
-from hf_mrpf.attacks import AttackConfig
+from hf_mrpf.apgd import apgd_attack
+from hf_mrpf.attacks import AttackConfig, pgd_attack
 from hf_mrpf.evaluation import (
     ATTACKS,
     NamedAttack,
@@ -25,6 +26,7 @@ from hf_mrpf.evaluation import (
     paired_difference,
     wilson_interval,
 )
+from hf_mrpf.fab import fab_attack
 from hf_mrpf.indexed_images import stratified_indices
 from hf_mrpf.modes import in_own_dtype
 
@@ -497,3 +499,66 @@ def test_on_a_gpu_products_are_of_float32_and_not_of_tf32():
             assert precisions() == (before[0], "tf32"), "a network on the CPU leaves the GPU's switches alone"
     finally:
         torch.backends.cuda.matmul.fp32_precision = before[1]
+
+
+class Shifted(nn.Module):
+    """Normalises by plain attributes, which are in no state dict."""
+
+    def __init__(self, net, mean, scale):
+        super().__init__()
+        self.net, self.mean, self.scale = net, mean, scale
+
+    def forward(self, pixels):
+        return self.net((pixels - self.mean) * self.scale)
+
+
+@pytest.mark.parametrize(
+    "others", [[(0.5, 1.0), (0.5, -1.0)], [(torch.full((3, 1, 1), mean), 1.0) for mean in (0.5, 0.9)]]
+)
+def test_a_journal_of_one_network_is_not_taken_for_another_with_the_same_weights(tmp_path, others):
+    net, images, labels = _random_problem(40)
+    found, alone = [], []
+    for mean, scale in [*others, others[0]]:
+        model = Shifted(net, mean, scale)
+        found.append(evaluate_robustness(model, (images, labels), ["clean"], journal=tmp_path / "verdicts.jsonl"))
+        alone.append(evaluate_robustness(model, (images, labels), ["clean"]))
+    assert [report.verdicts for report in found] == [report.verdicts for report in alone]
+    assert found[0].verdicts == found[2].verdicts != found[1].verdicts
+
+
+def test_a_model_without_gradients_is_attacked_by_square_alone(monkeypatch):
+    net, images, labels = _random_problem(20)
+    monkeypatch.setitem(ATTACKS, "square", (NamedAttack("margin", 20, method="square"),))
+
+    class Closed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        @torch.no_grad()
+        def forward(self, pixels):
+            return self.net(pixels)
+
+    attack = AttackConfig(eps=0.1)
+    closed = evaluate_robustness(Closed(), (images, labels), ["square"], attack)
+    assert closed.verdicts == evaluate_robustness(net, (images, labels), ["square"], attack).verdicts
+    assert closed.zero_gradient_share is None
+    with pytest.raises(ValueError, match="lets no gradient through to its images.*square"):
+        evaluate_robustness(Closed(), (images, labels), ["square", "pgd20"], attack)
+    for run in (pgd_attack, apgd_attack):
+        with pytest.raises(ValueError, match="lets no gradient through to its images.*square"):
+            run(Closed(), images, labels, attack)
+    with pytest.raises(ValueError, match="lets no gradient through to its images.*square"):
+        fab_attack(Closed(), images, labels, attack, targets=(labels + 1) % 2)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ((torch.rand(2, 3, 8, 8), [0, 1]), r"data is a tensor and a list; give labels as torch.as_tensor\(labels\)"),
+        ({"pixel_values": torch.rand(2, 3, 8, 8), "label": torch.arange(2)}, "pixel_values and labels are needed"),
+    ],
+)
+def test_data_of_another_form_is_told_of(data, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_robustness(_small_net(), data, ["clean"])

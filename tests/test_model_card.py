@@ -281,5 +281,7 @@ def test_plan_summary_reads_a_plan():
         {"name": "head", "width": 4, "removed": 0.25, "score": None},
     ]
     assert summary.of_dense == {"macs": 0.25}
+    card = render_card(CardInfo(model_name="twice", backbone="timm/resnet18", plan=summary)).content
+    assert "pruned to 25.0 % of the MACs of its dense parent" in card and "50.0 % of the MACs" in card
     plan.sensitivity = plan.dense_size = None
     assert PlanSummary.from_plan(plan).gamma is None and PlanSummary.from_plan(plan).of_dense is None

@@ -393,6 +393,26 @@ def test_slices_are_scored_as_rows_of_a_weight():
         module_robustness_sensitivity(fused, [(images, labels)], ATTACK, slices={"x:q": ("x", slice(0, 2))})
 
 
+def test_slices_that_hold_nothing_or_take_the_place_of_a_module_are_refused(tmp_path):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 5))
+    sets = [(torch.rand(8, 3, 2, 2), torch.arange(8) % 5)]
+    for slices, message in (
+        ({"3": ("1", slice(0, 2))}, "slice '3' has the name of a module, whose score it would take"),
+        ({"a": ("1", slice(6, 9))}, r"slice 'a' is slice\(6, 9, None\) of the 6 rows of '1'"),
+        ({"a": ("1", [0, 2])}, r"slice 'a' is \[0, 2\] of the 6 rows of '1'; a slice"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            module_robustness_sensitivity(net, sets, ATTACK, slices=slices)
+    with pytest.raises(ValueError, match=r"group 'g' is '1'; a list of members is needed, such as \['1'\]"):
+        module_robustness_sensitivity(net, sets, ATTACK, groups={"g": "1"})
+    # What a journal keeps is of these rows, and of a network that computes this.
+    found = [
+        module_robustness_sensitivity(net, sets, ATTACK, slices={"a": ("1", rows)}, journal=tmp_path / "scores.jsonl")
+        for rows in (slice(0, 6), slice(0, 6, 2), slice(0, 6))
+    ]
+    assert found[0]["a"] == found[2]["a"] != found[1]["a"]
+
+
 # --- the model is left as it was ---
 
 
