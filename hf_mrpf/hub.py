@@ -18,6 +18,7 @@ from .figures import plot_sensitivity
 from .model_card import CardInfo, PlanSummary, render_card
 from .modeling import PrunedForImageClassification
 from .plan import PruningPlan
+from .pruning import dense_size
 from .report import RobustnessReport, package_versions
 from .results import ResultRow
 from .rounds import round_rows, share_left, shares_left
@@ -313,7 +314,13 @@ def whole_plan(plans: Sequence[PruningPlan]) -> PruningPlan | None:
 
 def _model_facts(model: PrunedForImageClassification, repo_id: str | None) -> dict[str, Any]:
     config = model.config
+    example = torch.zeros(1, 3, config.image_size, config.image_size, device=model.device, dtype=model.dtype)
+    dense, of_dense = dense_size(model, example), None
+    if dense is not None:
+        now = {"macs": count_macs(model, example), "params": count_parameters(model)}
+        of_dense = {metric: size / dense[metric] for metric, size in now.items()}
     return {
+        "of_dense": of_dense,
         "model_name": repo_id.split("/")[-1] if repo_id else "model",
         "repo_id": repo_id,
         "backbone": config.backbone.get("name") or config.backbone["config"]["model_type"],

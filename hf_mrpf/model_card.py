@@ -122,6 +122,8 @@ class CardInfo:
             A model that was not trained against attacks, under the same one: what the attack alone is worth.
         plan (`PlanSummary`, *optional*):
             How it was pruned.
+        of_dense (`dict[str, float]`, *optional*):
+            Of a pruned model, what it keeps of its dense network, by metric; told where no `plan` tells it.
         rounds (`list[dict]`, *optional*):
             What each of several rounds of pruning left, as `rounds.round_rows` gives it.
         recovery (`str`, *optional*):
@@ -159,6 +161,7 @@ class CardInfo:
     rows: list[ResultRow] = field(default_factory=list)
     control: ResultRow | None = None
     plan: PlanSummary | None = None
+    of_dense: dict[str, float] | None = None
     rounds: list[dict[str, Any]] = field(default_factory=list)
     recovery: str | None = None
     pruning_steps: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -226,7 +229,7 @@ def render_card(info: CardInfo) -> ModelCard:
         selection=markdown_table(_step_cells(info.selection)),
         settings=markdown_table([["setting", "value"], *([key, str(value)] for key, value in info.training.items())]),
         kept=_kept_text(info.plan.achieved) if info.plan else "",
-        kept_of_dense=_kept_text((info.plan and info.plan.of_dense) or {}),
+        kept_of_dense=_kept_text((info.plan.of_dense if info.plan else info.of_dense) or {}),
     )
 
 

@@ -269,7 +269,7 @@ def plan_pruning(
         sensitivity=_measurement(scores) if isinstance(scores, SensitivityResult) else None,
         versions=package_versions(),
         weights_sha256=weights_sha256(model),
-        dense_size=_dense_size(model, example),
+        dense_size=dense_size(model, example),
         latency=latency,
     )
 
@@ -387,7 +387,7 @@ def _measurement(scores: SensitivityResult) -> dict[str, Any]:
     return {"settings": scores.settings, "per_set": list(scores.per_set), "spearman": scores.spearman}
 
 
-def _dense_size(model: nn.Module, example: Tensor) -> dict[str, int] | None:
+def dense_size(model: nn.Module, example: Tensor) -> dict[str, int] | None:
     """What the dense network of a pruned model's recipe costs; None where the model is dense, or has no recipe."""
     if not isinstance(model, PrunedForImageClassification) or describe_pruning(model) is None:
         return None
