@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .attacks import AttackConfig, keyed_start, logits_of, pgd_attack
 from .evaluation import evaluate_robustness
 from .indexed_images import indexed_batches
-from .modes import eval_mode
+from .modes import eval_mode, in_own_dtype
 from .report import RobustnessReport
 
 NOISE = 0.02  # of an accuracy, between attacks whose order is known
@@ -136,8 +136,9 @@ def transfer_accuracy(
     images, labels = images.to(device), labels.to(device)
     attack = replace(attack, num_steps=20, dtype="float32")
     start = keyed_start(images, indices, attack, seed)
-    adversarial = pgd_attack(parent, images, labels, attack, start=start)
-    with eval_mode(model), torch.no_grad():
+    with in_own_dtype(parent):
+        adversarial = pgd_attack(parent, images, labels, attack, start=start)
+    with in_own_dtype(model), eval_mode(model), torch.no_grad():
         right = [logits_of(model(pixels)).argmax(1) == labels for pixels in (images, adversarial)]
     return (right[0] & right[1]).float().mean().item()
 
