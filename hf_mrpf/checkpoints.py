@@ -30,9 +30,10 @@ def checkpoints(folder: Path | str) -> list[Path]:
     return sorted(found, key=lambda path: step_of(path) or 0)
 
 
-def mark_complete(checkpoint: Path, *, world_size: int = 1) -> None:
+def mark_complete(checkpoint: Path, *, world_size: int = 1, model_only: bool = False) -> None:
     """
-    Writes the marker that makes a checkpoint count: the size in bytes of every file in it.
+    Writes the marker that makes a checkpoint count: the size in bytes of every file in it, and whether those are of the
+    model alone (`save_only_model`), so that a training cannot go on from there as it was.
 
     To be called once everything is written, by every process. The files are on the disk before the marker is, so that
     it also holds after a loss of power.
@@ -42,7 +43,7 @@ def mark_complete(checkpoint: Path, *, world_size: int = 1) -> None:
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
         sizes[file.relative_to(checkpoint).as_posix()] = file.stat().st_size
-    write_json(checkpoint / MARKER, {"files": sizes, "world_size": world_size})
+    write_json(checkpoint / MARKER, {"files": sizes, "world_size": world_size, "model_only": model_only})
 
 
 def fault(checkpoint: Path) -> str | None:
@@ -103,6 +104,8 @@ def newest_complete(
             say(f"{checkpoint} is skipped as torn: {wrong}.")
         elif model is not None and (wrong := misfit(checkpoint, model)):
             say(f"{checkpoint} is skipped as that of another model, or of before or after a pruning: {wrong}.")
+        elif holds_model_only(checkpoint):
+            say(f"{checkpoint} is skipped: --save_only_model kept no optimizer and schedule to go on with.")
         else:
             return checkpoint
     return None
@@ -123,6 +126,11 @@ def check_complete(checkpoint: Path | str) -> Path:
             + (f"The newest complete one beside it is {other}." if other else "No checkpoint beside it is complete.")
         )
     return checkpoint
+
+
+def holds_model_only(checkpoint: Path) -> bool:
+    """Whether a complete checkpoint is of the model alone."""
+    return read_json(checkpoint / MARKER).get("model_only", False)
 
 
 def written_by(checkpoint: Path) -> int:

@@ -8,7 +8,12 @@ from torch import nn
 
 def model_class_names(model: nn.Module) -> list[str] | None:
     """The names that the config of a model has for its classes, in their order; None where it has none of its own."""
-    named: Any = getattr(getattr(model, "config", None), "id2label", None) or {}
+    return config_class_names(getattr(model, "config", None))
+
+
+def config_class_names(config: Any) -> list[str] | None:
+    """The same, of the config itself."""
+    named: Any = getattr(config, "id2label", None) or {}
     # JSON has strings for keys.
     names = [str(name) for _, name in sorted(named.items(), key=lambda item: int(item[0]))]
     return None if names == [f"LABEL_{index}" for index in range(len(names))] else names

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from .class_names import check_class_names, model_class_names
+from .class_names import check_class_names, config_class_names, model_class_names
 from .config import MRPFConfig
+from .run_folder import STAGES
 
 if TYPE_CHECKING:  # what is wrong with an argument is said before these are loaded
     from .data import ImageData
@@ -46,6 +47,7 @@ TRAINING_OPTIONS = (
 )
 # Settings that may change between two calls on one folder: they change what is shown or sent, not what is computed.
 NOT_PART_OF_A_RUN = (
+    "card_note",
     "output_dir",
     "overwrite_output_dir",
     "disable_tqdm",
@@ -59,6 +61,10 @@ NOT_PART_OF_A_RUN = (
     "push_to_hub",
     "expected_world_size",
 )
+
+
+# Of what `from_backbone` takes, what the options settle.
+SETTLED = {"num_labels", "id2label", "image_size", "small_images", "pretrained", "revision"}
 
 
 @dataclass
@@ -289,11 +295,12 @@ def run_settings(*arguments: Any) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for group in arguments:
         settings |= group.to_dict() if hasattr(group, "to_dict") else dataclasses.asdict(group)
-    return {
-        name: value
-        for name, value in settings.items()
-        if name not in NOT_PART_OF_A_RUN and not name.startswith(("hub_", "log", "trackio"))
-    }
+    return {name: value for name, value in settings.items() if changes_result(name)}
+
+
+def changes_result(option: str) -> bool:
+    """Whether an option of a recipe changes what is computed, and not only what is shown or sent of it."""
+    return option not in NOT_PART_OF_A_RUN and not option.startswith(("hub_", "log", "trackio"))
 
 
 def load_data(arguments: DataArguments, image_size: int | None) -> "ImageData":
@@ -391,19 +398,36 @@ def build_model(arguments: ModelArguments, data: "ImageData") -> "PrunedForImage
         check_class_names(model_class_names(model), data.class_names, advice)
         return model
     kwargs = _json_object(arguments.backbone_kwargs) if arguments.backbone_kwargs else {}
+    if settled := sorted(SETTLED & kwargs.keys()):
+        raise ValueError(
+            f"--backbone_kwargs holds {', '.join(settled)}: classes are those of the data set, and image_size, "
+            "small_images, pretrained and model_revision are options of their own."
+        )
     # Trained weights expect the normalisation they were trained with, fresh ones the data's own.
-    fresh = starts_fresh(arguments)
+    own = data if starts_fresh(arguments) else None
+    image_mean = kwargs.pop("image_mean", own and own.image_mean)
+    image_std = kwargs.pop("image_std", own and own.image_std)
     return PrunedForImageClassification.from_backbone(
         name,
         id2label=dict(enumerate(data.class_names)),
         image_size=data.image_size,
         small_images=arguments.small_images,
         pretrained=arguments.pretrained,
-        image_mean=data.image_mean if fresh else None,
-        image_std=data.image_std if fresh else None,
+        image_mean=image_mean,
+        image_std=image_std,
         revision=arguments.model_revision,
         **kwargs,
     )
+
+
+def check_default_data(name: str | None, config: "PrunedConfig | None", arguments: DataArguments) -> None:
+    """Refuse (ValueError) the embedded digits, which nobody named, for a trained model `name` of other things."""
+    names = config_class_names(config)
+    if arguments.dataset_name is None and names and names != [str(number) for number in range(len(names))]:
+        raise ValueError(
+            f"{name} tells {', '.join(names[:3])} and so on apart, and without --dataset_name the data are handwritten "
+            "digits: give the data set that it was trained on."
+        )
 
 
 def check_place(name: str, option: str = "--model_name_or_path") -> None:
@@ -414,6 +438,18 @@ def check_place(name: str, option: str = "--model_name_or_path") -> None:
         raise ValueError(f"{option} {name} is a folder without config.json, so it holds no model.")
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise ValueError(f"{option} {name}: there is no such folder.")
+
+
+def check_outlives_overwriting(name: str | None, output_dir: str, overwrite: bool) -> None:
+    """Refuse (ValueError) to begin a folder anew that holds the model which the run is to start from."""
+    if not (overwrite and name and Path(name).is_dir()):
+        return
+    place, folder = Path(name).resolve(), Path(output_dir).resolve()
+    if place == folder or folder / STAGES in place.parents:
+        raise ValueError(
+            f"--overwrite_output_dir would remove {name}, which this run starts from: give another --output_dir, or "
+            "copy the model out of there."
+        )
 
 
 def check_comparable(model: "PrunedForImageClassification", dense: "PrunedForImageClassification", parent: str) -> None:

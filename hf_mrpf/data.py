@@ -230,7 +230,7 @@ def _load_splits(name: str, config: str | None, **options: Any) -> DatasetDict:
         raise FileNotFoundError(f"There is no data set folder {name}.")
     advice = 'Give the id of a data set on the Hub, a folder that datasets.load_dataset reads, or "digits".'
     try:
-        return load_dataset(str(folder) if folder.is_dir() else name, config, **options)
+        return load_dataset(str(folder.absolute()) if folder.is_dir() else name, config, **options)
     except OSError as error:
         raise OSError(
             f"Data set {name} cannot be loaded: {_one_line(error)}. {advice} A private one needs a token, and without "

@@ -9,11 +9,15 @@ from transformers import EvalPrediction
 
 from .attacks import keyed_start, logits_of, pgd_attack
 from .callbacks import OverfittingWatch
+from .config import MRPFConfig
 from .loader import as_float
 from .logs import TrainingMeter, open_reporters, plan_figures
 from .modes import in_own_dtype
 from .pixel_trainer import PixelTrainer
 from .plan import PruningPlan
+
+# Of an evaluation, and of one in a training.
+METRICS = ("robust_accuracy", "accuracy", "adversarial_loss_gap", "loss", "train_robust_accuracy")
 
 
 class MeasuringTrainer(PixelTrainer):
@@ -36,6 +40,8 @@ class MeasuringTrainer(PixelTrainer):
                 "preprocess_logits_for_metrics has no place here: accuracy is measured from the logits of clean images "
                 "and of those under attack, both whole. Reduce the former in compute_metrics."
             )
+        if compute_metrics is None:
+            _check_best_metric(kwargs["args"], kwargs.get("eval_dataset"))
         self._meter = TrainingMeter()
         self._clean_metrics = compute_metrics
         super().__init__(compute_metrics=self._metrics, **kwargs)
@@ -115,3 +121,21 @@ class MeasuringTrainer(PixelTrainer):
             self.log(plan_figures(plan))
             for step, figures in self.pruning_report.items():
                 self.log({f"pruning/{step}/{name}": value for name, value in figures.items() if name != "num_samples"})
+
+
+def _check_best_metric(args: MRPFConfig, eval_dataset: Any) -> None:
+    """Refuse (ValueError) a `metric_for_best_model` that no evaluation gives; `Trainer` finds out after an epoch."""
+    metric = str(args.metric_for_best_model).removeprefix("eval_")
+    splits = eval_dataset if isinstance(eval_dataset, dict) else ()
+    name = next((metric.removeprefix(f"{split}_") for split in splits if metric.startswith(f"{split}_")), metric)
+    if args.metric_for_best_model is None or args.eval_strategy == "no":
+        return
+    if name not in METRICS:
+        raise ValueError(
+            f"metric_for_best_model={args.metric_for_best_model!r} is not measured; choose one of {', '.join(METRICS)}."
+        )
+    if args.prediction_loss_only and name != "loss":
+        raise ValueError(
+            f"prediction_loss_only measures the loss alone, and metric_for_best_model={args.metric_for_best_model!r} "
+            "picks the best epoch: give metric_for_best_model='loss', or leave prediction_loss_only out."
+        )

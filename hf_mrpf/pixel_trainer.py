@@ -3,7 +3,7 @@
 import copy
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset
 from torch import nn
@@ -90,11 +90,16 @@ class PixelTrainer(PublishingTrainer):
             return dataset
         return with_index(self._pixels(dataset))
 
-    def _get_dataloader(self, dataset, *args, **kwargs):
+    def _get_dataloader(self, dataset, description, *args, **kwargs):
         # A collator of the user's expects rows.
         if isinstance(dataset, Dataset) and self.data_collator is collate_pixels:
             dataset = PixelRows(dataset)
-        return super()._get_dataloader(dataset, *args, **kwargs)
+        given = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = given and description == "Training"  # evaluations count every image
+        try:
+            return super()._get_dataloader(dataset, description, *args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = given
 
     def _prepare_inputs(self, inputs):
         inputs = super()._prepare_inputs(inputs)
@@ -105,6 +110,12 @@ class PixelTrainer(PublishingTrainer):
     def get_train_dataloader(self):
         """As in `Trainer`; a last batch of a single image is left out where the model has BatchNorm."""
         self._decode_training_images()
+        images, batch = self.train_dataset, self._train_batch_size * self.args.world_size
+        if self.args.dataloader_drop_last and has_length(images) and len(cast(Dataset, images)) < batch:
+            raise ValueError(
+                f"dataloader_drop_last leaves out a batch that is not full, and {len(cast(Dataset, images))} training "
+                f"images are fewer than one of {batch}: lower per_device_train_batch_size, or leave it out."
+            )
         given = self.args.dataloader_drop_last
         if not given and self._leaves_a_single_image():
             if self.is_world_process_zero():
@@ -117,7 +128,7 @@ class PixelTrainer(PublishingTrainer):
         try:
             return super().get_train_dataloader()
         finally:
-            self.args.dataloader_drop_last = given  # it holds for evaluations as well, which count every image
+            self.args.dataloader_drop_last = given
 
     def _decode_training_images(self) -> None:
         """Where the user has put another data set in place of the one that the trainer was made with."""

@@ -86,7 +86,7 @@ def parse_recipe(recipe: str, arguments: Sequence[str] | None = None, **texts: A
     if unknown and len(options) == len(arguments):  # the parser says so too, after seconds of imports
         raise ValueError(f"Some specified arguments are not used by the HfArgumentParser: {unknown}")
     embedded, named = known.dataset_name in (None, "digits"), known.model_name_or_path
-    folder = "digits" if embedded else Path(known.dataset_name).name
+    folder = "digits" if embedded else Path(known.dataset_name).absolute().name
     parser.set_defaults(
         output_dir=f"outputs/{folder}-{Path(named).name}{suffix}" if named else f"outputs/{folder}{suffix}"
     )

@@ -86,7 +86,8 @@ class ResumableTrainer(AveragingTrainer):
             other = newest_complete(folder, say=lambda line: None)
             raise ValueError(
                 f"resume_from_checkpoint=True, but {folder} holds no complete checkpoint"
-                + (f" of this model. {_other_shape(other, model)}" if other else ".")
+                + (f" of this model. {_other_shape(other, model)}" if other else " to go on from.")
+                + "".join(f" {line}" for line in said if not other)
             )
         for line in said:
             LOGGER.warning(line)
@@ -150,7 +151,7 @@ class ResumableTrainer(AveragingTrainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self._save_settings(checkpoint)  # with the limit that was held back
-            mark_complete(checkpoint, world_size=self.args.world_size)
+            mark_complete(checkpoint, world_size=self.args.world_size, model_only=bool(self.args.save_only_model))
             rotate(folder, self.args.save_total_limit, checkpoint, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
         self._checked_checkpoint = str(checkpoint)

@@ -29,7 +29,7 @@ def slurm_script(cells: Sequence[Cell], sweep: Sequence[str]) -> str:
         "#!/usr/bin/env bash",
         f"# Submits the {len(cells)} cells of a sweep to Slurm. Options of sbatch go to every job:",
         "#     bash THIS_FILE --partition=gpu --gpus=1 --time=8:00:00",
-        "# Submitted again it does what is not finished. Made by: " + call,
+        "# Submitted again it does what is not finished. Made by: " + " ".join(call.split()),
         "set -euo pipefail",
         f"{LAST}=",
     ]

@@ -37,10 +37,11 @@ def training_figures(objective: str, result: Mapping[str, Any], kept: Mapping[st
         kept (`Mapping[str, float]`, *optional*): `macs` and `params` as fractions of the dense model's.
 
     Returns:
-        `dict[str, Any]`: `clean` and `robust` are validation accuracies of the best evaluation, that of `best_epoch`;
-        `last_robust` that of the last; `overfitting` is what was noticed.
+        `dict[str, Any]`: `clean` and `robust` are validation accuracies of the best evaluation, that of `best_epoch`,
+        or of the last where that was `loaded`; `last_robust` that of the last; `overfitting` is what was noticed.
     """
-    best, last = result.get("best") or {}, result.get("last") or {}
+    last = result.get("last") or {}
+    best = last if result.get("loaded") == "last" else result.get("best") or {}
     kinds = [warning["kind"] for warning in result.get("warnings", ())]
     return {
         "objective": objective if result["epochs"] else None,
@@ -51,7 +52,7 @@ def training_figures(objective: str, result: Mapping[str, Any], kept: Mapping[st
         **kept,
         "clean": best.get("eval_accuracy"),
         "robust": best.get("eval_robust_accuracy"),
-        "best_epoch": best.get("epoch"),
+        "best_epoch": None if result.get("loaded") == "last" else best.get("epoch"),
         "last_robust": last.get("eval_robust_accuracy"),
         "overfitting": "+".join(kinds) or None,
         "start": result.get("start"),

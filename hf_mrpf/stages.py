@@ -118,7 +118,8 @@ def train(run: RunFolder, stage: str, model, data: ImageData, args: MRPFConfig, 
     end_of_run(args)
     result: dict[str, Any] = {"epochs": round(trainer.state.epoch, 2), "steps": trainer.state.global_step}
     result |= {"seconds": round(time.perf_counter() - start, 1), "resumed_from": last and last.name}
-    return trainer.model, result | {"warnings": trainer.warnings} | trainer.best_and_last()
+    result |= {"loaded": "best" if args.load_best_model_at_end else "last", "warnings": trainer.warnings}
+    return trainer.model, result | trainer.best_and_last()
 
 
 def finish(run: RunFolder, stage: str, model, result: dict, args: MRPFConfig) -> PrunedForImageClassification:

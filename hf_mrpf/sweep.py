@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .cli import NOT_PART_OF_A_RUN
+from .cli import changes_result
 from .objectives import dense_objective
 from .recipe_options import option_names, parse_recipe
 from .sweep_config import DENSE_AXES, Options, SweepConfig
@@ -63,7 +63,7 @@ class Cell:
     @property
     def settings(self) -> str:
         """A hash of all that its result depends on."""
-        options = {key: value for key, value in self.options.items() if key not in NOT_PART_OF_A_RUN}
+        options = {key: value for key, value in self.options.items() if changes_result(key)}
         content = [self.kind, options, self.start and self.start.settings]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
@@ -133,7 +133,8 @@ def _controls(config: SweepConfig, dense: Cell, pruned: Cell, chosen: Options) -
     longer = config.controls.get("dense_longer", False)
     if not (scratch or longer):
         return
-    if int(pruned.options.get("pruning_rounds", 1)) > 1:
+    rounds = pruned.options.get("pruning_rounds")
+    if isinstance(rounds, int) and rounds > 1:  # what is no number is refused by the recipe's parser
         raise ValueError(
             "controls: with pruning_rounds above 1 the epochs between rounds would have to be told apart; leave out "
             "the controls, or pruning_rounds."
@@ -155,13 +156,12 @@ def _controls(config: SweepConfig, dense: Cell, pruned: Cell, chosen: Options) -
             )
         yield Cell("dense-longer", axes, control, dense)
     if scratch:
-        trained = _parsed(dense)[-1]
-        if trained.max_steps > 0 or int(same.get("max_steps", 0)) > 0:
+        trained, tuned = _parsed(dense)[-1], Cell("from-scratch", pruned.axes, same, pruned)
+        if trained.max_steps > 0 or _parsed(tuned)[-1].max_steps > 0:
             raise ValueError(
                 "controls.from_scratch trains at equal compute, which is counted in epochs: give num_train_epochs "
                 "instead of max_steps, or leave the control out."
             )
-        tuned = Cell("from-scratch", pruned.axes, same, pruned)
         _refuse_other_costs(dense, tuned)
         # Fresh weights learn by what networks from scratch are trained by here, not by a rate for fine-tuning.
         length = {name: same[name] for name in ("num_train_epochs",) if name in same}

@@ -104,6 +104,8 @@ def read_config(path: Path | str, *, small: bool = False, overrides: Sequence[st
         wanted.append((key.strip(), _yaml(text, f"--set {override}")))
     always: Options = {}
     for key, value in wanted:
+        if key.split(".")[0] == "small":
+            raise ValueError(f"--set {key}: `small` is a set of such changes itself; set what it changes.")
         if key.split(".")[0] in SECTIONS:
             _put(content, key, value)
         else:
@@ -132,6 +134,8 @@ def _checked(content: dict[str, Any], always: Options) -> SweepConfig:
             f"name is {content['name']!r}; figures and tables are files of that name in output_dir, so a text without "
             "folders is needed, such as my-sweep."
         )
+    if not content["output_dir"] or not isinstance(content["output_dir"], str):
+        raise ValueError(f"output_dir is {content['output_dir']!r}; the path of a folder is needed.")
     if not content["grid"]:
         raise ValueError(f"grid is empty; give at least one axis: {', '.join(AXES)}.")
     content["controls"] = _controls(dict(_mapping("controls", content.get("controls"))), content["grid"])
@@ -179,6 +183,8 @@ def _put(content: dict[str, Any], key: str, value: Any) -> None:
     *folders, last = key.split(".")
     place = content
     for folder in folders:
+        # A path is text, and a value may be a number.
+        folder = next((known for known in place if str(known) == folder), folder)
         place = place.setdefault(folder, {})
         if not isinstance(place, dict):
             raise ValueError(f"{key}: {folder} is no mapping, so nothing can be set in it.")
@@ -224,7 +230,7 @@ def _controls(controls: dict[str, Any], grid: Mapping[str, Mapping]) -> dict[str
         _refuse_unknown("controls.from_scratch", [axis], grid)
         if not isinstance(labels, list):
             raise ValueError(f"controls.from_scratch.{axis}: {labels!r} must be a list of values of that axis.")
-        if not set(labels) & set(grid[axis]):
+        if not [label for label in labels if label in list(grid[axis])]:
             known = ", ".join(map(str, grid[axis]))
             raise ValueError(f"controls.from_scratch.{axis}: none of {labels} is in the grid, which has {known}.")
     return controls

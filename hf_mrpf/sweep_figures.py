@@ -63,7 +63,7 @@ def sparsity_figure(rows: Sequence[Row], lines: Sequence[str]) -> "Figure":
             _controls(panel, inside, lines, names, attack)
             panel.set_ylabel(f"{_accuracy(attack)} (%)" if column == 0 else "")
             if line == 0 or len(panels) == 1:
-                panel.set_title(_words(title) or _common(pruned), fontsize=10)
+                panel.set_title(_words(title) or _common(pruned, *lines), fontsize=10)
             if line == 1 or len(panels) == 1:
                 panel.set_xlabel(f"{_metrics(pruned)} removed (%)")
     _legend(figure)
@@ -322,7 +322,9 @@ def _metrics(rows: Iterable[Row]) -> str:
 
 
 def _style(choices: Sequence[Any], number: int) -> Any:
-    return choices[number % len(choices)]
+    # From the eighth on a colour comes back, and with it another marker and another stroke.
+    turn = 0 if choices is COLOURS else number // len(COLOURS)
+    return choices[(number + turn) % len(choices)]
 
 
 KINDS: dict[str, Callable[..., "Figure"]] = {

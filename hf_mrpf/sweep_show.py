@@ -29,7 +29,7 @@ def check_show(config: SweepConfig, cells: Sequence[Cell]) -> None:
     """
     show = config.show
     kind = show.get("kind")
-    if kind not in ARGUMENTS:
+    if not isinstance(kind, str) or kind not in ARGUMENTS:
         raise ValueError(f"show.kind is {kind!r}; known: {', '.join(ARGUMENTS)}.")
     argument = ARGUMENTS[kind]
     if unknown := sorted(set(show) - {"kind", argument}):
@@ -41,12 +41,14 @@ def check_show(config: SweepConfig, cells: Sequence[Cell]) -> None:
     if not isinstance(value, wanted):
         form = "a mapping from axes to one value each" if kind == "table" else "an axis, or a list of axes"
         raise ValueError(f"show.{argument} is {value!r}; {form} of the grid is needed: {', '.join(config.grid)}.")
+    if not value or not all(isinstance(axis, str) for axis in _axes(value)):
+        raise ValueError(f"show.{argument} is {value!r}; names of axes are needed: {', '.join(config.grid)}.")
     for axis in _axes(value):
         if kind == "table" and axis == "data":
             raise ValueError("show.against: accuracies on other data cannot be subtracted; choose another axis.")
         if axis not in config.grid:
             raise ValueError(f"show.{argument}: {axis!r} is no axis of the grid, which has {', '.join(config.grid)}.")
-        if kind == "table" and (label := show[argument][axis]) not in config.grid[axis]:
+        if kind == "table" and (label := show[argument][axis]) not in list(config.grid[axis]):
             known = ", ".join(map(str, config.grid[axis]))
             raise ValueError(f"show.against.{axis}: {label!r} is not in the grid, which has {known}.")
     pruned = [cell for cell in cells if cell.kind == "pruned"]

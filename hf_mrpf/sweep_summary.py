@@ -125,7 +125,9 @@ def summary_table(rows: Sequence[Row], *, against: Mapping[str, Any] | None = No
     shared = [axis for axis in varying(rows) if axis in DENSE_AXES]
     own = [axis for axis in varying(pruned) if axis not in DENSE_AXES]
     attacks = list(dict.fromkeys(("clean", ROBUST)))
-    versus = ", ".join(map(str, against.values())) if against else TITLES["dense-longer"]
+    versus = TITLES["dense-longer"]
+    if against:  # a number says nothing without its axis
+        versus = ", ".join(label if isinstance(label, str) else f"{axis} {label}" for axis, label in against.items())
     heading = [*shared, *(own or ["model"]), *map(attack_title, attacks), "pruned only", "MACs", "parameters"]
     lines = [[*heading, f"{attack_title(ROBUST)} minus {versus}", "seeds"]]
     for label, block in grouped(rows, shared).items():

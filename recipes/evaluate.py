@@ -26,14 +26,14 @@ from transformers.utils import cached_file
 
 from hf_mrpf import AttackConfig, PrunedForImageClassification
 from hf_mrpf.class_names import check_class_names, model_class_names
-from hf_mrpf.cli import DataArguments, check_comparable, check_place, load_data, number
+from hf_mrpf.cli import DataArguments, check_comparable, check_default_data, check_place, load_data, number
 from hf_mrpf.console import quieten, report_errors
 from hf_mrpf.data import ImageData
 from hf_mrpf.evaluation import evaluate_robustness
 from hf_mrpf.launch import check_world_size
 from hf_mrpf.named_attacks import ATTACKS, QUICK
 from hf_mrpf.report import RobustnessReport
-from hf_mrpf.run_folder import read_json
+from hf_mrpf.run_folder import STATE_FILE, read_json
 from hf_mrpf.sanity import failures_of_report, failures_under_attack
 
 
@@ -70,6 +70,10 @@ def main() -> None:
         raise ValueError(f"--output {arguments.output}: there is no such folder to write to.")
     if arguments.output and Path(arguments.output).is_dir():
         raise ValueError(f"--output {arguments.output} is a folder; name a file in it, such as report.json.")
+    if arguments.output and (Path(arguments.output).absolute().parent / STATE_FILE).is_file():
+        raise ValueError(f"--output {arguments.output} lies in the folder of a run, whose own report it could replace.")
+    if arguments.output and arguments.journal and Path(arguments.output).resolve() == Path(arguments.journal).resolve():
+        raise ValueError(f"--output and --journal are both {arguments.output}: the report would replace the verdicts.")
     check_place(arguments.model, "model")
     if arguments.parent:
         check_place(arguments.parent, "--parent")
@@ -78,6 +82,7 @@ def main() -> None:
     if parent is not None:
         check_comparable(model, parent, arguments.parent)
     attack = own_attack(arguments)
+    check_default_data(arguments.model, model.config, data_args)
     with state.local_main_process_first():  # decodes the images, which the others find in the cache
         data = load_data(data_args, model.config.image_size)
     check_classes(model, data, arguments)
@@ -96,7 +101,8 @@ def main() -> None:
     )
     if not state.is_main_process:
         return
-    print(f"{arguments.model} on {data.name}, split {arguments.split}: {report}")
+    split = data.description["splits"][arguments.split]["from"]
+    print(f"{arguments.model} on {data.name}, {shown_split(arguments.split, split)}: {report}")
     if arguments.output:
         report.save(arguments.output)
         print(f"report in {arguments.output}")
@@ -158,6 +164,11 @@ def check_classes(model: PrunedForImageClassification, data: ImageData, argument
             f"{arguments.model} has {model.config.num_labels} classes and {data.name} {len(data.class_names)}: {advice}"
         )
     check_class_names(model_class_names(model), data.class_names, advice)
+
+
+def shown_split(part: str, source: str) -> str:
+    """The part of the data that was measured on, by the name of the split that it is of."""
+    return f"split {source}" if part == "test" else f"{part} images of the split {source}"
 
 
 def notes(report: RobustnessReport) -> list[str]:

@@ -54,8 +54,7 @@ def main() -> None:
         check_place(arguments.dense, "--dense")
     model = PrunedForImageClassification.from_pretrained(arguments.model, revision=arguments.revision)
     models = {}
-    # In the folder of recipes/train.py the dense stage is the model itself.
-    parent = arguments.dense or (dense_stage(arguments.model) if model.config.pruning else None)
+    parent = arguments.dense or dense_stage(arguments.model)
     if parent:
         models["dense"] = PrunedForImageClassification.from_pretrained(parent)
         check_comparable(model, models["dense"], parent)
@@ -96,8 +95,9 @@ def default_folder(model: str) -> Path:
 
 def dense_stage(model: str) -> str | None:
     """The dense model that the run of recipes/prune.py in this folder started from."""
-    folder = Path(model) / STAGES / "dense" / "model"
-    return str(folder) if folder.is_dir() else None
+    stages = Path(model) / STAGES
+    # In a folder of recipes/train.py that stage is the model itself, of a pruned shape perhaps.
+    return str(stages / "dense" / "model") if (stages / "pruned").is_dir() else None
 
 
 def measure(

@@ -42,7 +42,16 @@ import torch
 from transformers import TrainerCallback
 
 from hf_mrpf import PrunedForImageClassification, PruningPlan, RobustnessReport
-from hf_mrpf.cli import ModelArguments, RoundArguments, build_model, load_data, run_settings, starting_config
+from hf_mrpf.cli import (
+    ModelArguments,
+    RoundArguments,
+    build_model,
+    check_default_data,
+    check_outlives_overwriting,
+    load_data,
+    run_settings,
+    starting_config,
+)
 from hf_mrpf.console import announce, quieten, report_errors, say, show
 from hf_mrpf.data import ImageData, calibration_batches
 from hf_mrpf.delivery import check_repository_id, push_result, repository, shown_again
@@ -97,11 +106,13 @@ def main() -> None:
     if shown_again(run, run_args, args):
         return
 
+    check_outlives_overwriting(model_args.model_name_or_path, args.output_dir, run_args.overwrite_output_dir)
     check_forced_place(run, args)
     check_repository_id(args)
     if find_spec("matplotlib") is None:
         raise ImportError("The picture of the pruning plan needs matplotlib: pip install hf-mrpf[plots].")
     start = starting_config(model_args)
+    check_default_data(model_args.model_name_or_path, start, data_args)
     with args.main_process_first(desc="decoding of images"):  # the others find them in the cache
         data = load_data(data_args, model_args.image_size or (start and start.image_size))
     settle_augmentation(data, args)
@@ -332,7 +343,8 @@ def round_figures(pruned: dict, after: dict, args: MRPFConfig) -> dict[str, dict
     """Accuracies on the validation split after the pruning of a round, and after the training that followed."""
     figures = {"pruned": list(pruned["steps"].values())[-1]} if pruned["steps"] else {}
     if chosen := after.get("best" if args.load_best_model_at_end else "last"):
-        figures["trained"] = {name: chosen[f"eval_{name}"] for name in ("accuracy", "robust_accuracy")}
+        names = ("accuracy", "robust_accuracy")  # neither is there with --prediction_loss_only
+        figures["trained"] = {name: chosen[f"eval_{name}"] for name in names if f"eval_{name}" in chosen}
     return figures
 
 
@@ -362,6 +374,7 @@ def card_info(model, plans, reports, rows, stages, data: ImageData, args: MRPFCo
         class_names=data.class_names,
         dataset_id=data.name,
         dataset_config=data.description["dataset_config_name"],
+        dataset_split=data.description["splits"]["test"]["from"],
         dataset_on_hub="/" in data.name,
         rows=rows,
         control=ResultRow.from_report("the same network, ordinary training", control) if control else None,

@@ -119,7 +119,9 @@ def write_script(file: Path, cells: list[Cell], arguments: argparse.Namespace) -
     words += [f"--accelerate={arguments.accelerate}"] if arguments.accelerate else []
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(slurm_script(cells, ["python", *words]), encoding="utf-8")
-    print(f"{len(cells)} cells in {file}; submit them from this folder: bash {file} [options of sbatch]")
+    print(
+        f"{len(cells)} cells in {file}; submit them from this folder: bash {shlex.quote(str(file))} [options of sbatch]"
+    )
 
 
 if __name__ == "__main__":

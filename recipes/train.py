@@ -40,7 +40,14 @@ if __name__ == "__main__":
 import torch
 
 from hf_mrpf import RobustnessReport
-from hf_mrpf.cli import build_model, load_data, run_settings, starting_config
+from hf_mrpf.cli import (
+    build_model,
+    check_default_data,
+    check_outlives_overwriting,
+    load_data,
+    run_settings,
+    starting_config,
+)
 from hf_mrpf.console import announce, quieten, report_errors, show
 from hf_mrpf.data import ImageData
 from hf_mrpf.delivery import check_repository_id, push_result, repository, shown_again
@@ -56,10 +63,8 @@ from hf_mrpf.run_folder import RunFolder, remove_folder, write_json
 from hf_mrpf.stage_lines import evaluation_figures
 from hf_mrpf.stages import check_forced_place, dense_stage, run_folder, settle_augmentation, tell
 
-NOTE = (
-    "These are figures of the validation split, on which the best epoch was picked, so they flatter the model a "
-    "little; nothing has read the test split."
-)
+NOTE = "These are figures of the validation split{picked}; this run has not read the test split."
+PICKED = ", on which the best epoch was picked, so they flatter the model a little"
 CONTROL_NOTE = (
     "A control: figures of the test split, which nothing was chosen on, to stand beside those of finished runs."
 )
@@ -86,9 +91,11 @@ def main() -> None:
     if shown_again(run, run_args, args):
         return
 
+    check_outlives_overwriting(model_args.model_name_or_path, args.output_dir, run_args.overwrite_output_dir)
     check_forced_place(run, args)
     check_repository_id(args)
     start = starting_config(model_args)
+    check_default_data(model_args.model_name_or_path, start, data_args)
     with args.main_process_first(desc="decoding of images"):  # the others find them in the cache
         data = load_data(data_args, model_args.image_size or (start and start.image_size))
     settle_augmentation(data, args)
@@ -147,7 +154,7 @@ def write_result(
         args.hub_model_id,
         plans=(),
         report=report,
-        split=split,
+        split=split if split == "validation" else data.description["splits"][split]["from"],
         settings=args.to_dict()
         | {"processes": args.world_size, "num_train_epochs": stage.get("epochs", args.num_train_epochs)},
         pruning_steps={},
@@ -156,7 +163,7 @@ def write_result(
         base_model=stage.get("base_model"),
         dataset_config=data.description["dataset_config_name"],
         dataset_on_hub="/" in data.name,
-        notes=[NOTE if split == "validation" else CONTROL_NOTE, *([run_args.card_note] if run_args.card_note else [])],
+        notes=notes(split, stage, run_args.card_note, args),
         command=repeatable_command(),
     )
     content = {"split": split, "table": [dataclasses.asdict(row) for row in info.rows]}
@@ -166,6 +173,14 @@ def write_result(
     run.publish(draft)
     show(args, results_table(info.rows))
     show(args, f"result in {run.path}")
+
+
+def notes(split: str, stage: dict, of_user: str | None, args: MRPFConfig) -> list[str]:
+    """What a reader of the card must know."""
+    picked = PICKED if "best" in stage and args.load_best_model_at_end else ""
+    lines = [NOTE.format(picked=picked) if split == "validation" else CONTROL_NOTE]
+    lines.append(f"Started from: {stage.get('start', 'fresh weights')}.")
+    return [*lines, of_user] if of_user else lines
 
 
 if __name__ == "__main__":

@@ -79,6 +79,15 @@ def test_a_torn_checkpoint_is_skipped_with_a_line_and_refused_where_it_is_forced
     assert newest_complete(tmp_path / "nowhere") is None
 
 
+def test_a_checkpoint_of_the_model_alone_is_no_place_to_go_on_from(tmp_path, data):
+    trainer(data, tmp_path, save_only_model=True).train()
+    lines = []
+    assert newest_complete(tmp_path, say=lines.append) is None
+    assert len(lines) == len(names(tmp_path)) > 0 and "--save_only_model kept no optimizer" in lines[0]
+    with pytest.raises(ValueError, match="no complete checkpoint to go on from.*save_only_model kept no optimizer"):
+        trainer(data, tmp_path).train(resume_from_checkpoint=True)
+
+
 def test_rotation_goes_by_step_and_spares_the_newest_and_the_best(tmp_path):
     for step in (2, 4, 6, 8, 10):
         made(tmp_path, step)

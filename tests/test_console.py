@@ -226,6 +226,8 @@ def test_a_stage_is_one_line_of_pairs():
         'best_epoch=2 last_robust=0.4 overfitting=robust start="fresh weights"'
     )
     json.dumps(figures)
+    last = training_figures("trades", result | {"loaded": "last"})
+    assert (last["robust"], last["last_robust"], last["best_epoch"]) == (0.4, 0.4, None)
     assert pruned_before({"figures": figures}) == {"macs": 0.5, "params": 0.25}
     assert pruned_before(None) == {}
     taken = training_figures("trades", {"epochs": 0, "start": "net"})

@@ -182,6 +182,9 @@ def test_what_a_recipe_refuses_is_refused_before_any_cell(config, override, mess
         (["grid.method={awp: {awp_gamma: 0.01}, not: {}}"], r"differ in awp_gamma \(None and 0\.01\)"),
         (["prune.max_train_samples=50", "dense.eps=0.1"], r"differ in max_train_samples \(100 and 50\), eps"),
         (["grid.method={long: {num_train_epochs: 9}, short: {}}"], "has a length of its own: set num_train_epochs"),
+        (["controls.from_scratch={importance: [[random]]}"], r"none of \[\['random'\]\] is in the grid"),
+        (["output_dir=3"], "output_dir is 3; the path of a folder is needed"),
+        (["small.seed=3"], "`small` is a set of such changes itself"),
     ],
 )
 def test_a_grid_that_cannot_be_is_refused(config, overrides, message):
@@ -205,6 +208,10 @@ TWO = ["grid.allocation=[mrs, uniform]"]
         ("{kind: dots, dots: importance}", ["grid.data={a: , b: {eps: 0.2}}", *TWO], "two axes, and data, .* differ"),
         ("{kind: layers, lines: target}", ["prune.allocation=uniform"], "No cell holds sensitivities of layers"),
         ("{kind: layers, lines: target}", ["prune.combine=joint"], "No cell holds sensitivities of layers"),
+        ("{kind: [lines], lines: target}", [], r"show.kind is \['lines'\]; known: lines"),
+        ("{kind: lines, lines: [[a]]}", [], r"show.lines is \[\['a'\]\]; names of axes are needed"),
+        ("{kind: dots, dots: []}", [], r"show.dots is \[\]; names of axes are needed"),
+        ("{kind: table, against: {importance: [lamp]}}", [], r"\['lamp'\] is not in the grid"),
     ],
 )
 def test_what_could_not_be_drawn_is_refused_before_any_cell(config, show, overrides, message):
@@ -279,3 +286,25 @@ def test_the_readme_names_every_sweep_of_the_paper():
     readme = (REPOSITORY / "README.md").read_text()
     assert set(re.findall(r"^\| `(\w+)\.yaml`", readme, flags=re.MULTILINE)) == {file.stem for file in CONFIGS}
     assert set(re.findall(r"recipes/configs/(\w+)\.yaml", readme)) <= {file.stem for file in CONFIGS}
+
+
+def test_what_is_left_empty_counts_as_not_given(config):
+    plain = sweep_cells(config())
+    empty = sweep_cells(config(GRID, "common.max_steps=", "prune.pruning_rounds="))
+    assert Counter(cell.kind for cell in empty) == Counter(cell.kind for cell in plain)
+
+
+def test_a_value_that_is_a_number_is_found_by_its_text(config):
+    changed = config(GRID, "grid.seed={0: {eps: 0.1}, 1: {eps: 0.1}}", "grid.seed.0.eps=0.2")
+    assert changed.grid["seed"] == {0: {"eps": 0.2}, 1: {"eps": 0.1}}
+
+
+def test_what_changes_a_log_or_a_card_alone_makes_no_other_run(config):
+    plain = [cell.name for cell in sweep_cells(config())]
+    shown_otherwise = config(GRID, "log_level=warning", "card_note=A note.", "logging_steps=7", "hub_private_repo=true")
+    assert [cell.name for cell in sweep_cells(shown_otherwise)] == plain
+
+
+def test_line_breaks_in_a_setting_leave_the_script_for_slurm_whole(config, tmp_path):
+    (tmp_path / "submit.sh").write_text(slurm_script(sweep_cells(config()), ["python", "--set", "card_note=a\nb"]))
+    subprocess.run(["bash", "-n", str(tmp_path / "submit.sh")], check=True)

@@ -8,7 +8,7 @@ from sweep_runs_made import GRID, MACS, PARAMETERS, made_rows
 
 from hf_mrpf.sweep import sweep_cells
 from hf_mrpf.sweep_config import read_config
-from hf_mrpf.sweep_figures import COLOURS, MARKERS, STROKES, dots_figure, layers_figure, sparsity_figure
+from hf_mrpf.sweep_figures import COLOURS, MARKERS, STROKES, _style, dots_figure, layers_figure, sparsity_figure
 from hf_mrpf.sweep_show import show_rows
 from hf_mrpf.sweep_summary import Spread, paired_by_seed, rows_of, summary_table
 
@@ -202,6 +202,8 @@ def test_nothing_is_cut_off_or_covers_another(made, tmp_path):
 def test_the_first_seven_series_differ_in_colour_marker_and_stroke():
     for choices in (COLOURS, MARKERS, STROKES):
         assert len(set(map(str, choices))) == 7
+    looks = {tuple(str(_style(choices, number)) for choices in (COLOURS, MARKERS, STROKES)) for number in range(49)}
+    assert len(looks) == 49, "further ones differ in two of the three"
     assert "#000000" not in COLOURS[:6], "the dense controls are black"
     # Of Okabe and Ito's palette, without its yellow.
     assert set(COLOURS) <= {"#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"}

@@ -80,7 +80,12 @@ def test_the_card_says_what_the_figures_are_of(trained):
     card = ModelCard.load(folder / "README.md")
     assert {result.dataset_split for result in card.data.eval_results} == {"validation"}
     assert card.data.model_name == "base"
-    for text in ("split `validation`", "nothing has read the test split", "A note of the user.", "recipes/train.py"):
+    for text in (
+        "split `validation`",
+        "this run has not read the test split",
+        "A note of the user.",
+        "recipes/train.py",
+    ):
         assert text in card.content
     assert "## How it was trained" in card.content
     assert "pruned" not in card.content.split("## Citation")[0]
@@ -121,7 +126,7 @@ def test_the_shape_of_a_model_is_trained_from_scratch_as_a_control(trained, tmp_
     card = ModelCard.load(tmp_path / "control" / "README.md")
     assert {result.dataset_split for result in card.data.eval_results} == {"test"}
     assert "| num_train_epochs | 2.5 |" in card.content
-    assert "A control: figures of the test split" in card.content and "nothing has read the test" not in card.content
+    assert "A control: figures of the test split" in card.content and "has not read the test" not in card.content
 
 
 def test_fresh_weights_are_none_of_the_models(trained, tmp_path):
