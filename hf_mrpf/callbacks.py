@@ -147,6 +147,8 @@ class OverfittingWatch(TrainerCallback, ExportableState):
             self._train = state.global_step, metrics[f"{split}_train_robust_accuracy"]
         if self._train is None or self._train[0] != state.global_step:
             return
+        if not math.isfinite(metrics.get(f"{split}_adversarial_loss_gap", 0.0)):
+            return  # broken weights: the next save stops the training, and says which checkpoint is whole
         figures = {"train": self._train[1], "epoch": state.epoch, "guess": _guess(data)}
         seen = f"PGD-{args.eval_num_steps}"
         now = Reading(metrics[f"{split}_robust_accuracy"], len(data), seen, **figures)
@@ -161,6 +163,9 @@ class OverfittingWatch(TrainerCallback, ExportableState):
             self._say("catastrophic", best, probe or now, args, state)
         elif self.fallen[split] >= IN_A_ROW and not self._has_said("robust", "catastrophic"):
             self._say("robust", best if probe is None else Reading(**self.best[split]), now, args, state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._train = None  # what is evaluated later may be other images
 
     def _best(self, series: str, now: Reading) -> Reading:
         if series not in self.best or now.accuracy > self.best[series]["accuracy"]:

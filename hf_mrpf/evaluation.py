@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .attacks import AttackConfig, check_attack, gradient_of, logits_of
 from .class_names import model_class_names
-from .fingerprint import network_sha256
+from .fingerprint import answers_of, weights_sha256
 from .folding import fast_layout
 from .indexed_images import count_images, indexed_batches, pools
 from .journal import Journal
@@ -123,13 +123,18 @@ def evaluate_robustness(
     weight = next(model.parameters(), torch.zeros(()))
     processes = Processes.of(distributed)
     subject = {"norm": attack.norm, "eps": attack.eps, "step_size": attack.step_size, "seed": seed}
+    subject |= {"random_start": attack.random_start, "zero_gradients": bool(names)}
     gradient = any(part.method != "square" for name in names for part in ATTACKS[name])
-    subject |= {"random_start": attack.random_start, "zero_gradients": gradient}
-    subject |= {"network": network_sha256(model)} if journal else {}
+    # Without a gradient nothing is known of those that are zero.
+    question = "clean" if gradient or not names else "clean, without its gradient"
     fingerprint = hashlib.sha256()
     network = _in_float32(model)
     image_size = getattr(getattr(model, "config", None), "image_size", None)
     image_size = image_size if isinstance(image_size, int) else None
+    found = indexed_batches(data, num_samples, seed, batch_size, image_size, model_class_names(model))
+    if journal and (first := next(found, None)) is not None:
+        found = chain([first], found)
+        subject |= {"weights": weights_sha256(model), "answers": answers_of(network, first[1].to(weight.device))}
     expected = count_images(data, num_samples)
     rounds = 1 + sum(len(runs_of(name, AUTOATTACK_TARGETS + 1)) for name in names)
     bar = progress_bar(
@@ -146,10 +151,10 @@ def evaluate_robustness(
             where = images.to(weight.device), labels.to(weight.device)
             return _clean_answers(network, *where, indices, gradient=gradient)
 
-        for pool in pools(indexed_batches(data, num_samples, seed, batch_size, image_size, model_class_names(model))):
+        for pool in pools(found):
             _add_to(fingerprint, pool.indices, pool.images, pool.labels)
             everything = range(len(pool.keys))
-            answers = known.settle("clean", pool, everything, clean)
+            answers = known.settle(question, pool, everything, clean)
             blind += sum(answer[0] == "1" for answer in answers)
             classes = int(answers[0][2:])
             correct = [answer[1] == "1" for answer in answers]

@@ -57,23 +57,26 @@ class Journal:
         self.entries: list[dict[str, Any]] = []
 
     def __enter__(self) -> Self:
-        whole, refusal = b"", None
+        refusal = None
         try:
             whole = self._read()
+            if self.path is not None:
+                self._open(self.path, whole)
         except (OSError, ValueError) as error:
             refusal = str(error)
         # Told to all: the others would wait for a main process that stops alone.
         self.entries, refusal = self.processes.from_main((self.entries, refusal))
         if refusal is not None:
             raise ValueError(refusal)
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("r+b" if whole else "wb")
-            self._file.truncate(len(whole))
-            self._file.seek(len(whole))
-            if not whole:
-                self._write({"subject": self.subject})
         return self
+
+    def _open(self, path: Path, whole: bytes) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("r+b" if whole else "wb")
+        self._file.truncate(len(whole))
+        self._file.seek(len(whole))
+        if not whole:
+            self._write({"subject": self.subject})
 
     def __exit__(self, *exception: object) -> None:
         if self.path is not None:

@@ -42,6 +42,8 @@ class MeasuringTrainer(PixelTrainer):
             )
         if compute_metrics is None:
             _check_best_metric(kwargs["args"], kwargs.get("eval_dataset"))
+        if "inputs" in kwargs["args"].include_for_metrics and not hasattr(kwargs["model"], "main_input_name"):
+            kwargs["model"].main_input_name = "pixel_values"  # where `Trainer` looks for them
         self._meter = TrainingMeter()
         self._clean_metrics = compute_metrics
         super().__init__(compute_metrics=self._metrics, **kwargs)

@@ -85,7 +85,7 @@ class OptimizingTrainer(ResumableTrainer):
         self._remember(model)
         self.model = self.model_wrapped = model
         self.optimizer = self.lr_scheduler = None
-        self._created_lr_scheduler = False
+        self._created_lr_scheduler = self._own_optimizer = False
         self._has_trained = False
         for name in ("model", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))

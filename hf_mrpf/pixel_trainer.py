@@ -52,18 +52,32 @@ class PixelTrainer(PublishingTrainer):
                 f"train_dataset holds several splits ({splits}); hand over one of them, such as ['train']."
             )
         with args.main_process_first(desc="decoding of images"):  # the others find them in the cache
-            train_dataset = self._pixels(train_dataset)
-            if isinstance(train_dataset, Dataset) and not self._class_names:
-                self._class_names = _name_classes(model, train_dataset)
+            train_dataset = self._adopted(model, train_dataset)
             if isinstance(eval_dataset, dict):
                 args = _picking_by_split(args, list(eval_dataset))
                 eval_dataset = {name: self._indexed(split) for name, split in eval_dataset.items()}
             else:
                 eval_dataset = self._indexed(eval_dataset)
-        if self._num_labels is None and isinstance(train_dataset, Dataset):
-            _check_classes(model, train_dataset)
         kwargs = {"data_collator": collate_pixels} | kwargs
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        self._adopted_images = self.train_dataset
+
+    def _adopted(self, model: nn.Module, dataset: Any) -> Any:
+        """Training images as pixels, once their classes are known to be those of the model."""
+        dataset = self._pixels(dataset)
+        if isinstance(dataset, Dataset):
+            self._class_names = self._class_names or _name_classes(model, dataset)
+            if self._num_labels is None:
+                _check_classes(model, dataset)
+        return dataset
+
+    def _adopt_training_images(self) -> bool:
+        """Whether the user had put another data set in place of the one that the trainer knew: it is known now."""
+        if self.train_dataset is self._adopted_images:
+            return False
+        model = self.accelerator.unwrap_model(self.model)
+        self.train_dataset = self._adopted_images = self._adopted(model, self.train_dataset)
+        return True
 
     def _pixels(self, dataset: Any) -> Any:
         if not isinstance(dataset, Dataset):
@@ -109,7 +123,7 @@ class PixelTrainer(PublishingTrainer):
 
     def get_train_dataloader(self):
         """As in `Trainer`; a last batch of a single image is left out where the model has BatchNorm."""
-        self._decode_training_images()
+        self._adopt_training_images()
         images, batch = self.train_dataset, self._train_batch_size * self.args.world_size
         if self.args.dataloader_drop_last and has_length(images) and len(cast(Dataset, images)) < batch:
             raise ValueError(
@@ -129,10 +143,6 @@ class PixelTrainer(PublishingTrainer):
             return super().get_train_dataloader()
         finally:
             self.args.dataloader_drop_last = given
-
-    def _decode_training_images(self) -> None:
-        """Where the user has put another data set in place of the one that the trainer was made with."""
-        self.train_dataset = self._pixels(self.train_dataset)
 
     def _leaves_a_single_image(self) -> bool:
         dataset: Any = self.train_dataset

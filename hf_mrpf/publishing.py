@@ -80,12 +80,19 @@ class PublishingTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model)
         if isinstance(model, PreTrainedModel):
-            model.save_pretrained(folder, state_dict=state_dict)
+            # Under the names that the model's tensors have now, by which a checkpoint is loaded.
+            model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
         else:
             from safetensors.torch import save_model
 
             save_model(model, str(folder / "model.safetensors"))
         self._save_settings(folder)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # Of a weight that a plain network has under two names the file holds one, and `Trainer` looks for attributes of
+        # transformers' own models there.
+        if isinstance(self.model, PreTrainedModel):
+            super()._issue_warnings_after_load(load_result)
 
     def _save_settings(self, folder: Path) -> None:
         (folder / "training_args.json").write_text(json.dumps(self.args.to_dict(), indent=2, default=str) + "\n")

@@ -28,12 +28,15 @@ def rolled_back_on_failure(model: nn.Module) -> Iterator[None]:
         yield
     except BaseException:
         for module, own, parameters, buffers in before:
+            for added in vars(module).keys() - own.keys():  # such as the autocast that an evaluation wraps it in
+                delattr(module, added)
             vars(module).update(own)
             module._parameters.update(parameters)
             module._buffers.update(buffers)
         with torch.no_grad():
             for tensor, value in values:
-                tensor.copy_(value)
+                if not torch.equal(tensor, value):  # one that is expanded could not be written to
+                    tensor.copy_(value)
         for config, record in records:
             config.pruning = record
         raise

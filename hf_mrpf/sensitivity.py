@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from .attacks import AttackConfig, check_attack
 from .attention import attention_slices
 from .calibration import attacked_batches, calibration_sets
-from .fingerprint import images_sha256, network_sha256
+from .fingerprint import answers_of, images_sha256, weights_sha256
 from .journal import Journal
-from .modes import eval_mode, frozen
+from .modes import eval_mode, frozen, placed
 from .prefix import ReadingOrder
 from .processes import Processes
 from .progress import progress_bar
@@ -345,8 +345,9 @@ def _scores(
 
 def _subject(settings: Mapping[str, Any], model: nn.Module, sets: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
     """Everything that a score depends on: settings, network, images."""
-    images = [images_sha256(*pair) for pair in sets]
-    return {"sensitivity": dict(settings), "network": network_sha256(model), "images": images}
+    images, first = [images_sha256(*pair) for pair in sets], placed(sets[0][0], model)
+    network = {"weights": weights_sha256(model), "answers": answers_of(model, first)}
+    return {"sensitivity": dict(settings), "images": images} | network
 
 
 def _mean_spearman(per_set: Sequence[Mapping[str, float]]) -> float | None:

@@ -136,15 +136,25 @@ class MRPFTrainer(OptimizingTrainer):
             compute_metrics=compute_metrics,
             **kwargs,
         )
-        names = own_class_names(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None
-        self.horizontal_flip = mirror_keeps_class(names) if args.horizontal_flip is None else args.horizontal_flip
-        if args.horizontal_flip is None and _may_be_digits(self.train_dataset):
-            LOGGER.warning("Ten classes without names are mirrored in training; digits need horizontal_flip=False.")
+        self._settle_flip()
         # Every objective is a mean over its batch: the Trainer divides it by the accumulation steps.
         self.loss_is_scaled_for_ga = False
         self.model_accepts_loss_kwargs = False
         self.add_callback(SeedEachRank())
         self.add_callback(AverageBatchNorm())
+
+    def _settle_flip(self) -> None:
+        given, images = self.args.horizontal_flip, self.train_dataset
+        names = own_class_names(images) if isinstance(images, Dataset) else None
+        self.horizontal_flip = mirror_keeps_class(names) if given is None else given
+        if given is None and _may_be_digits(images):
+            LOGGER.warning("Ten classes without names are mirrored in training; digits need horizontal_flip=False.")
+
+    def _adopt_training_images(self) -> bool:
+        replaced = super()._adopt_training_images()
+        if replaced:
+            self._settle_flip()
+        return replaced
 
     # ---- Pruning ----------------------------------------------------------------------------------------------------
 
@@ -156,7 +166,7 @@ class MRPFTrainer(OptimizingTrainer):
         weights that was interrupted goes on from there. Afterwards the trainer is as new: the optimizer and the
         schedule are made afresh by the next `train()`. What each step did to the accuracy on the validation split is in
         `pruning_report`, and which layers the repair re-fitted or left in `repair_report`. Where anything ends it
-        early, Ctrl-C too, model and trainer are as before.
+        early, Ctrl-C too, model and trainer are as before; once `on_prune_end` is called, it is done.
 
         Args:
             plan ([`PruningPlan`], *optional*):
@@ -180,7 +190,7 @@ class MRPFTrainer(OptimizingTrainer):
                 "This trainer was given an optimizer, which points at the weights before pruning. "
                 "Prune with a trainer without `optimizers`, then make the optimizer from the pruned model."
             )
-        self._decode_training_images()
+        self._adopt_training_images()
         if not isinstance(self.train_dataset, Dataset):
             raise ValueError(
                 f"prune() draws its calibration images from train_dataset, a datasets.Dataset; here it is "
@@ -214,11 +224,11 @@ class MRPFTrainer(OptimizingTrainer):
         try:
             with rolled_back_on_failure(model):
                 plan = self._apply(plan, model, calibration)
+                self._check_same("after pruning")
         except BaseException:
             self.pruning_report, self.repair_report = earlier
             raise
         self._start_afresh(model)
-        self._check_same("after pruning")
         self.plans.append(plan)
         self._log_pruning(plan)
         self._fire("on_prune_end", plan=plan)

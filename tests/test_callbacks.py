@@ -153,6 +153,30 @@ def test_the_robustness_of_mere_guessing_is_no_best(tmp_path, monkeypatch, data)
     assert evaluations(monkeypatch, data, args, Probe(), [(0.21, 0.1), *rows[1:]]).warnings
 
 
+def test_broken_weights_are_left_to_the_next_save_to_tell(tmp_path, monkeypatch, data):
+    args, probe = settings(tmp_path, eval_num_steps=2), Probe(0.5)
+    watch, state, control = OverfittingWatch(), TrainerState(is_world_process_zero=True), TrainerControl()
+    monkeypatch.setattr("hf_mrpf.callbacks.evaluate_robustness", probe)
+    loader = SimpleNamespace(dataset=data.test)
+    metrics = {
+        "eval_robust_accuracy": 0.1,
+        "eval_train_robust_accuracy": 0.1,
+        "eval_adversarial_loss_gap": float("nan"),
+    }
+    watch.on_evaluate(args, state, control, metrics=metrics, model=nn.Identity(), eval_dataloader=loader)
+    assert not probe.calls
+
+
+def test_what_is_evaluated_after_a_training_is_none_of_it(tmp_path):
+    watch, args = OverfittingWatch(), settings(tmp_path)
+    state = play(watch, args, [0.5, 0.53], [0.5, 0.6])
+    watch.on_train_end(args, state, TrainerControl())
+    metrics = {"eval_robust_accuracy": 0.0}
+    loader = SimpleNamespace(dataset=range(1000))
+    watch.on_evaluate(args, state, TrainerControl(), metrics=metrics, eval_dataloader=loader)
+    assert not watch.warnings
+
+
 class Probe:
     """In the place of `evaluate_robustness`: gives the scripted PGD-20 accuracies, and remembers what was asked."""
 

@@ -513,7 +513,12 @@ class Shifted(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "others", [[(0.5, 1.0), (0.5, -1.0)], [(torch.full((3, 1, 1), mean), 1.0) for mean in (0.5, 0.9)]]
+    "others",
+    [
+        [(0.5, 1.0), (0.5, -1.0)],
+        [(torch.full((3, 1, 1), mean), 1.0) for mean in (0.5, 0.9)],
+        [(0.5, torch.as_tensor(scale, dtype=torch.float32)) for scale in (1, -1)],
+    ],
 )
 def test_a_journal_of_one_network_is_not_taken_for_another_with_the_same_weights(tmp_path, others):
     net, images, labels = _random_problem(40)
@@ -524,6 +529,32 @@ def test_a_journal_of_one_network_is_not_taken_for_another_with_the_same_weights
         alone.append(evaluate_robustness(model, (images, labels), ["clean"]))
     assert [report.verdicts for report in found] == [report.verdicts for report in alone]
     assert found[0].verdicts == found[2].verdicts != found[1].verdicts
+
+
+def test_an_evaluation_goes_on_where_a_network_counts_its_calls_or_square_is_asked_for_alone(tmp_path, monkeypatch):
+    net, images, labels = _random_problem(20)
+    monkeypatch.setitem(ATTACKS, "square", (NamedAttack("margin", 20, method="square"),))
+    passed = []
+
+    class Counted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.calls = net, 0
+
+        def forward(self, pixels):
+            self.calls += 1
+            passed.append(len(pixels))
+            return self.net(pixels)
+
+    counted, counts = Counted(), []
+    for attacks in (["pgd20", "square"], ["square"], ["pgd20"]):
+        passed.clear()
+        data = images, labels
+        evaluate_robustness(counted, data, attacks, AttackConfig(eps=0.02), journal=tmp_path / "verdicts.jsonl")
+        counts.append(sum(passed))
+    # The image whose answer is looked at; and of Square alone the clean answers, once more without their gradients.
+    assert counts[0] > 100 and counts[1:] == [21, 1]
+    assert [file.name for file in tmp_path.iterdir()] == ["verdicts.jsonl"]
 
 
 def test_a_model_without_gradients_is_attacked_by_square_alone(monkeypatch):

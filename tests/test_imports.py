@@ -29,7 +29,7 @@ FLOORS = {
     "checkpoints": 1,
     "rounds": 0,
     "launch": 0,
-    "fingerprint": 0,
+    "fingerprint": 0.05,
     "faults": 0,
     "processes": 0.1,
     "journal": 0.2,

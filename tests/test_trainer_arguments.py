@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
+from safetensors.torch import load_file
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
 
 from hf_mrpf import AttackConfig, MRPFConfig, MRPFTrainer, PrunedForImageClassification, load_image_data
 from hf_mrpf.data import as_pixel_dataset
@@ -204,3 +205,97 @@ def test_numbers_of_numpy_are_taken(tmp_path, data, model):
     trainer = MRPFTrainer(model, args, data.train)
     plan = trainer.prune()
     plan.save(tmp_path / "plan.json")
+
+
+def test_images_of_plain_networks_reach_the_metrics_too(tmp_path, data):
+    args, seen = quick(tmp_path, include_for_metrics=["inputs"]), []
+    metrics = {"compute_metrics": lambda prediction: seen.append(prediction.inputs) or {}}
+    MRPFTrainer(plain_net(), args, data.train, data.validation, **metrics).evaluate()
+    assert seen[0].shape == (24, 3, 16, 16) and 0 <= seen[0].min() < seen[0].max() <= 1
+
+
+def test_training_images_that_come_later_are_looked_at_as_those_of_the_beginning(tmp_path, data, model):
+    model.config.id2label = {index: f"LABEL_{index}" for index in range(10)}
+    trainer = MRPFTrainer(model, quick(tmp_path, horizontal_flip=None))
+    trainer.train_dataset = data.train
+    trainer.train()
+    assert trainer.horizontal_flip is False and model.config.id2label[3] == "3"
+    images = {"pixel_values": [np.zeros((3, 16, 16), np.uint8)] * 12, "label": list(range(12))}
+    plain = MRPFTrainer(plain_net(), quick(tmp_path), data.train)
+    plain.train_dataset = Dataset.from_dict(images)
+    with pytest.raises(ValueError, match="12 classes and the model 10 outputs"):
+        plain.train()
+
+
+def test_an_optimizer_that_is_handed_over_after_a_training_is_refused_by_prune(tmp_path, data, model):
+    trainer = MRPFTrainer(model, quick(tmp_path), data.train)
+    trainer.train()
+    trainer.prune()
+    trainer.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer.train()
+    with pytest.raises(ValueError, match="given an optimizer"):
+        trainer.prune()
+
+
+def test_an_interrupted_pruning_leaves_no_autocast_behind(tmp_path, data, model):
+    images = data.validation["pixel_values"][:4].float() / 255
+    before = model.eval()(images).logits.detach()
+    stop = StopAfter(1)
+    trainer = MRPFTrainer(model, quick(tmp_path, bf16=True), data.train, data.validation, callbacks=[stop])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.prune()
+    assert torch.equal(model.eval()(images).logits, before)
+    trainer.remove_callback(stop)
+    trainer.prune()
+    trainer.train()
+
+
+def test_a_network_with_an_expanded_buffer_is_rolled_back(tmp_path, data):
+    net = plain_net()
+    net.register_buffer("expanded", torch.zeros(1).expand(4))
+    trainer = MRPFTrainer(net, quick(tmp_path), data.train, data.validation, callbacks=[StopAfter(2)])
+    weight = net[0].weight
+    with pytest.raises(KeyboardInterrupt):
+        trainer.prune()
+    assert net[0].weight is weight
+
+
+class Tied(nn.Module):
+    """A weight under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.first, self.second = (nn.Conv2d(width, 8, 3, padding=1) for width in (3, 8, 8))
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, pixels):
+        return self.head(self.second(self.first(self.stem(pixels))).mean((2, 3)))
+
+
+EACH_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+
+
+def test_a_network_with_a_tied_weight_is_trained_and_resumed(tmp_path, data):
+    whole = MRPFTrainer(Tied(), quick(tmp_path, **EACH_STEP, load_best_model_at_end=True), data.train, data.validation)
+    whole.train()
+    again = MRPFTrainer(Tied(), quick(tmp_path, **EACH_STEP), data.train, data.validation)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    saved = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
+    assert torch.equal(again.model.stem.weight, saved["stem.weight"])
+    assert again.model.second.weight is again.model.first.weight
+
+
+def test_the_best_weights_of_a_bare_transformers_model_are_loaded_whole(tmp_path, data):
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 64}
+    config = ViTConfig(image_size=16, patch_size=4, num_labels=10, **sizes)
+    first = {"metric_for_best_model": "loss", "greater_is_better": True, "objective": "standard", "learning_rate": 0.05}
+    args = quick(tmp_path, **EACH_STEP, **first, load_best_model_at_end=True)
+    trainer = MRPFTrainer(ViTForImageClassification(config), args, data.train, data.validation)
+    trainer.train()
+    best = ViTForImageClassification.from_pretrained(trainer.state.best_model_checkpoint).state_dict()
+    assert all(torch.equal(tensor, best[name]) for name, tensor in trainer.model.state_dict().items())
+    args = quick(tmp_path, **EACH_STEP, **first)
+    again = MRPFTrainer(ViTForImageClassification(config), args, data.train, data.validation)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
