@@ -49,6 +49,7 @@ def test_the_marker_names_every_file_and_its_size(tmp_path):
     assert json.loads((checkpoint / MARKER).read_text()) == {
         "files": {"model.safetensors": 100, "part/optimizer.pt": 50},
         "world_size": 2,
+        "model_only": False,
     }
     assert fault(checkpoint) is None
 
