@@ -113,13 +113,16 @@ def newest_complete(
 
 def check_complete(checkpoint: Path | str) -> Path:
     """
-    Refuses a checkpoint that is not whole.
+    Refuses a checkpoint that is not whole, or of the model alone.
 
     Raises:
         ValueError: with what is wrong with it, and which checkpoint beside it could be taken.
     """
     checkpoint = Path(checkpoint)
-    if wrong := fault(checkpoint):
+    wrong = fault(checkpoint)
+    if wrong is None and holds_model_only(checkpoint):
+        wrong = "--save_only_model kept no optimizer and schedule; from_pretrained loads its weights"
+    if wrong:
         other = newest_complete(checkpoint.parent, say=lambda line: None)
         raise ValueError(
             f"The checkpoint {checkpoint} cannot be gone on from: {wrong}. "

@@ -239,6 +239,8 @@ class MRPFConfig(TrainingArguments):
             self.learning_rate = SGD_LEARNING_RATE if wanted == "sgd" else ADAM_LEARNING_RATE
         if wanted == "sgd":
             check_sgd_arguments(self.optim_args)
+        if self.greater_is_better is None and str(self.metric_for_best_model).endswith("adversarial_loss_gap"):
+            self.greater_is_better = False  # transformers knows this of what ends in loss
         # transformers knows AdamW only; plain Adam is what the pruning literature compares SGD with.
         self.optim = "adamw_torch" if wanted == "adam" else wanted
         super().__post_init__()

@@ -7,10 +7,10 @@ from huggingface_hub.utils import validate_repo_id
 from .cli import RunArguments
 from .config import MRPFConfig
 from .console import say, show
-from .hub import create_repository, push_folder, result_files
+from .hub import create_repository, push_folder
 from .processes import Processes
 from .results import results_table
-from .run_folder import RunFolder, read_json
+from .run_folder import STAGES, RunFolder, read_json
 
 
 def shown_again(run: RunFolder, run_args: RunArguments, args: MRPFConfig) -> bool:
@@ -21,8 +21,14 @@ def shown_again(run: RunFolder, run_args: RunArguments, args: MRPFConfig) -> boo
     if not run.finished or run_args.overwrite_output_dir:
         return False
     processes = Processes.of(args.world_size > 1)
-    if lacking := processes.from_main(_lacking(run.path) if processes.is_main else None):
-        say(args, f"The result in {run.path} is not whole: {lacking}. It is written again from the stages there.")
+    lacking, stages = processes.from_main((run.lacking(), (run.path / STAGES).is_dir()) if processes.is_main else None)
+    if lacking and not stages:
+        raise ValueError(
+            f"The result of this run is not whole: {lacking}, and the stages that it could be written again from are "
+            "gone. Put the file back, or give --overwrite_output_dir to start again."
+        )
+    if lacking:
+        say(args, f"The result of this run is not whole: {lacking}. It is written again from the stages there.")
         return False
     say(args, f"{run.path} is finished with these settings; --overwrite_output_dir would start again.")
     if run_args.card_note and run_args.card_note not in (run.path / "README.md").read_text(encoding="utf-8"):
@@ -30,19 +36,6 @@ def shown_again(run: RunFolder, run_args: RunArguments, args: MRPFConfig) -> boo
     show(args, results_table(read_json(run.path / "robustness_report.json")["table"]))
     push_result(run, args)
     return True
-
-
-def _lacking(folder: Path) -> str | None:
-    """What a result lacks that is to be shown and sent; None for a whole one."""
-    try:
-        files = result_files(folder)
-        if missing := [name for name in ("README.md", "robustness_report.json") if name not in files]:
-            return f"{missing[0]} is missing"
-        if not isinstance(read_json(folder / "robustness_report.json").get("table"), list):
-            return "robustness_report.json is not the one that the run wrote"
-    except (OSError, ValueError) as error:
-        return str(error).rstrip(".")
-    return None
 
 
 def check_repository_id(args: MRPFConfig) -> None:

@@ -123,10 +123,10 @@ def evaluate_robustness(
     weight = next(model.parameters(), torch.zeros(()))
     processes = Processes.of(distributed)
     subject = {"norm": attack.norm, "eps": attack.eps, "step_size": attack.step_size, "seed": seed}
-    subject |= {"random_start": attack.random_start, "zero_gradients": bool(names)}
+    subject |= {"random_start": attack.random_start}
     gradient = any(part.method != "square" for name in names for part in ATTACKS[name])
     # Without a gradient nothing is known of those that are zero.
-    question = "clean" if gradient or not names else "clean, without its gradient"
+    question = "clean" if gradient else "clean, without its gradient"
     fingerprint = hashlib.sha256()
     network = _in_float32(model)
     image_size = getattr(getattr(model, "config", None), "image_size", None)

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as everywhere
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -200,8 +201,9 @@ def is_compiled(module: nn.Module) -> bool:
 
 def _is_watched(module: nn.Module) -> bool:
     """Whether somebody else looks at what passes through the module, or has replaced what it computes."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(hooks) or "forward" in vars(module)
+    own = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    of_all = everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks
+    return any((*own, *of_all)) or "forward" in vars(module)
 
 
 def _is_plain(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:

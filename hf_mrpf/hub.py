@@ -247,7 +247,7 @@ def write_record(
         row = ResultRow.from_report("this model", report, **costs)
     length = "max_steps" if settings.get("max_steps", -1) > 0 else "num_train_epochs"
     shown = [name for name in (*SETTINGS, length) if settings.get(name) is not None]
-    known: dict[str, Any] = _model_facts(model, repo_id)
+    known: dict[str, Any] = _model_facts(model, repo_id) | {"of_dense": of_dense(model)}
     known |= {
         "dataset_id": (report.data_name or "images of the user") if report else None,
         "dataset_split": split,
@@ -314,19 +314,23 @@ def whole_plan(plans: Sequence[PruningPlan]) -> PruningPlan | None:
 
 def _model_facts(model: PrunedForImageClassification, repo_id: str | None) -> dict[str, Any]:
     config = model.config
-    example = torch.zeros(1, 3, config.image_size, config.image_size, device=model.device, dtype=model.dtype)
-    dense, of_dense = dense_size(model, example), None
-    if dense is not None:
-        now = {"macs": count_macs(model, example), "params": count_parameters(model)}
-        of_dense = {metric: size / dense[metric] for metric, size in now.items()}
     return {
-        "of_dense": of_dense,
         "model_name": repo_id.split("/")[-1] if repo_id else "model",
         "repo_id": repo_id,
         "backbone": config.backbone.get("name") or config.backbone["config"]["model_type"],
         "image_size": config.image_size,
         "class_names": [str(label) for label in (config.id2label or {}).values()],
     }
+
+
+def of_dense(model: PrunedForImageClassification) -> dict[str, float] | None:
+    """What a pruned model keeps of its dense network, by metric; None for a dense one."""
+    size = model.config.image_size
+    example = torch.zeros(1, 3, size, size, device=model.device, dtype=model.dtype)
+    dense = dense_size(model, example)
+    if dense is None:
+        return None
+    return {"macs": count_macs(model, example) / dense["macs"], "params": count_parameters(model) / dense["params"]}
 
 
 def _card_there(repo_id: str, revision: str | None, token: str | None) -> ModelCard | None:

@@ -8,6 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
+from .fingerprint import are_alike
 from .processes import Processes
 
 LOGGER = logging.getLogger("hf_mrpf")
@@ -29,7 +30,8 @@ class Journal:
         path (`Path` or `str`, *optional*):
             The file; its folder is made. With None nothing is kept.
         subject (`Mapping[str, Any]`):
-            Everything that the entries depend on, JSON values only.
+            Everything that the entries depend on, JSON values only; under `answers` what [`answers_of`] gives, which
+            may differ by rounding.
         processes ([`Processes`], *optional*):
             Who takes part; every process must make the same calls.
         keep (`bool`, *optional*, defaults to `False`):
@@ -78,6 +80,10 @@ class Journal:
         if not whole:
             self._write({"subject": self.subject})
 
+    def _is_ours(self, subject: Mapping[str, Any]) -> bool:
+        rest, own = ({**content, "answers": None} for content in (subject, self.subject))
+        return rest == own and are_alike(subject.get("answers") or {}, self.subject.get("answers") or {})
+
     def __exit__(self, *exception: object) -> None:
         if self.path is not None:
             self._file.close()
@@ -106,7 +112,7 @@ class Journal:
         contents = [parse_line(line) if line.strip() else {} for line in lines]
         good = contents.index(None) if None in contents else len(lines)
         found = [content for content in contents[:good] if content]
-        if found[:1] == [{"subject": self.subject}]:
+        if found and self._is_ours(found[0].get("subject", {})):
             if good < len(lines):
                 kept = _free_name(self.path)
                 shutil.copy(self.path, kept)

@@ -16,8 +16,8 @@ from .modes import in_own_dtype
 from .pixel_trainer import PixelTrainer
 from .plan import PruningPlan
 
-# Of an evaluation, and of one in a training.
-METRICS = ("robust_accuracy", "accuracy", "adversarial_loss_gap", "loss", "train_robust_accuracy")
+# Of every evaluation; that of the training images is there only in some.
+METRICS = ("robust_accuracy", "accuracy", "adversarial_loss_gap", "loss")
 
 
 class MeasuringTrainer(PixelTrainer):

@@ -244,10 +244,22 @@ def _unit_cells(plan: PlanSummary) -> list[list[str]]:
 def _step_cells(steps: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
     table = [["", "clean", "robust"]]
     for name, figures in steps.items():
-        values = (figures.get(key, figures.get(f"eval_{key}")) for key in ("accuracy", "robust_accuracy"))
+        values = (_figure(figures, key) for key in ("accuracy", "robust_accuracy"))
         epoch = f" (epoch {figures['epoch']:g})" if "epoch" in figures else ""
         table.append([f"{name}{epoch}", *("" if value is None else f"{100 * value:.1f} %" for value in values)])
     return table
+
+
+def _figure(figures: Mapping[str, float], key: str) -> float | None:
+    """A figure by its own name, that of an evaluation, or that of the first of several splits."""
+    of_splits = (
+        value
+        for name, value in figures.items()
+        if name.startswith("eval_")
+        and name.endswith(f"_{key}")
+        and not name.endswith((f"_robust_{key}", f"_train_{key}"))
+    )
+    return figures.get(key, figures.get(f"eval_{key}", next(of_splits, None)))
 
 
 def _metadata(info: CardInfo) -> ModelCardData:

@@ -415,8 +415,13 @@ class PrunedForImageClassification(PreTrainedModel):
         # The record speaks of the model's own tensor names.
         kwargs.setdefault("save_original_format", False)
         push = kwargs.pop("push_to_hub", False)
-        names = ("repo_id", "private", "token", "revision", "commit_message") if push else ()
+        names = ("repo_id", "private", "token", "revision", "commit_message", "tags") if push else ()
         hub = {name: kwargs.pop(name) for name in names if name in kwargs}
+        if push and (others := sorted({"create_pr", "commit_description"} & kwargs.keys())):
+            raise ValueError(
+                f"{', '.join(others)}: a push here is one commit to a branch; give revision, or leave it out"
+            )
+        hub |= {"max_shard_size": kwargs["max_shard_size"]} if push and "max_shard_size" in kwargs else {}
         super().save_pretrained(save_directory, *args, **kwargs)
         if push:  # in its own way: transformers would send another card
             self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), **hub)
@@ -647,6 +652,9 @@ def with_new_head(
     # Assigned and not copied into tensors of one dtype: those of the model may differ.
     kept = {name: tensor.clone() for name, tensor in model.state_dict().items() if name not in head}
     other.load_state_dict(kept, strict=False, assign=True)
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters() if name in kept}
+    for name, parameter in other.named_parameters():
+        parameter.requires_grad_(flags.get(name, True))
     return other.train(model.training)
 
 

@@ -58,8 +58,8 @@ class PublishingTrainer(Trainer):
         # The training's own last row has its time; what is evaluated later may be another checkpoint's.
         for row in takewhile(lambda row: "train_runtime" not in row, self.state.log_history):
             figures = {key: value for key, value in row.items() if key.startswith("eval_") and key.endswith("accuracy")}
-            # With prediction_loss_only there is that of the training alone.
-            if any("_train_" not in name for name in figures):  # several validation splits log one row each
+            # Several validation splits log one row each; with prediction_loss_only one has that of the training alone.
+            if any(not name.endswith("_train_robust_accuracy") for name in figures):
                 rows.setdefault(int(row["step"]), {"epoch": row["epoch"], "step": row["step"]}).update(figures)
         if not rows:
             return {}

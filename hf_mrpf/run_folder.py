@@ -261,9 +261,19 @@ class RunFolder:
         return self._share(self.is_main and self._state().get("finished", False))
 
     def finish(self) -> None:
-        """Marks the run as ended well: the same command then has nothing left to do."""
+        """Marks the run as ended well, with the SHA-256 of its result: the same command then has nothing left to do."""
         if self.is_main:
-            write_json(self.path / STATE_FILE, self._state() | {"finished": True})
+            # Of the card alone none is kept: people add to it.
+            sums = file_sums(self.path, *(name for name in RESULT_FILES if name != "README.md"), "model-*.safetensors*")
+            write_json(self.path / STATE_FILE, self._state() | {"finished": True, "files": sums})
+
+    def lacking(self) -> str | None:
+        """What of the result of a finished run is missing or changed, in a few words; None where it is whole."""
+        try:
+            check_sums(self.path, self._state().get("files", {}))
+        except ValueError as error:
+            return str(error).rstrip(".")
+        return None if (self.path / "README.md").is_file() else f"{self.path / 'README.md'} is missing"
 
     def stage(self, name: str) -> Path:
         """Folder of a stage."""

@@ -87,6 +87,8 @@ def test_a_checkpoint_of_the_model_alone_is_no_place_to_go_on_from(tmp_path, dat
     assert len(lines) == len(names(tmp_path)) > 0 and "--save_only_model kept no optimizer" in lines[0]
     with pytest.raises(ValueError, match="no complete checkpoint to go on from.*save_only_model kept no optimizer"):
         trainer(data, tmp_path).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="cannot be gone on from: --save_only_model kept no optimizer"):
+        trainer(data, tmp_path).train(resume_from_checkpoint=str(tmp_path / names(tmp_path)[0]))
 
 
 def test_rotation_goes_by_step_and_spares_the_newest_and_the_best(tmp_path):

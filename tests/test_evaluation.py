@@ -27,6 +27,7 @@ from hf_mrpf.evaluation import (
     wilson_interval,
 )
 from hf_mrpf.fab import fab_attack
+from hf_mrpf.fingerprint import are_alike
 from hf_mrpf.indexed_images import stratified_indices
 from hf_mrpf.modes import in_own_dtype
 
@@ -554,6 +555,9 @@ def test_an_evaluation_goes_on_where_a_network_counts_its_calls_or_square_is_ask
         counts.append(sum(passed))
     # The image whose answer is looked at; and of Square alone the clean answers, once more without their gradients.
     assert counts[0] > 100 and counts[1:] == [21, 1]
+    passed.clear()
+    evaluate_robustness(counted, data, ["clean"], AttackConfig(eps=0.02), journal=tmp_path / "verdicts.jsonl")
+    assert sum(passed) == 1
     assert [file.name for file in tmp_path.iterdir()] == ["verdicts.jsonl"]
 
 
@@ -593,3 +597,31 @@ def test_a_model_without_gradients_is_attacked_by_square_alone(monkeypatch):
 def test_data_of_another_form_is_told_of(data, message):
     with pytest.raises(ValueError, match=message):
         evaluate_robustness(_small_net(), data, ["clean"])
+
+
+def test_a_journal_tells_networks_apart_that_differ_in_their_gradients_alone(tmp_path):
+    class Quantised(nn.Module):
+        def __init__(self, straight_through):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net, self.straight_through = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), straight_through
+
+        def forward(self, pixels):
+            coarse = (pixels * 15).round() / 15
+            return self.net(pixels + (coarse - pixels).detach() if self.straight_through else coarse)
+
+    images = torch.rand(32, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    data = images, Quantised(False)(images).argmax(1)
+    options = {"attacks": ["pgd20"], "attack": AttackConfig(eps=16 / 255), "journal": tmp_path / "verdicts.jsonl"}
+    masked, open_ = (evaluate_robustness(Quantised(through), data, **options) for through in (False, True))
+    assert masked.zero_gradient_share == 1 and open_.zero_gradient_share == 0
+    assert open_.attacks["pgd20"] < 0.1 < masked.attacks["pgd20"]
+
+
+def test_rounding_makes_no_other_network():
+    torch.manual_seed(0)
+    answers = {"logits": torch.randn(1000).tolist(), "gradient": torch.randn(16).tolist()}
+    rounded = {name: [value * (1 + 1e-5) for value in values] for name, values in answers.items()}
+    assert are_alike(answers, rounded) and are_alike({}, {})
+    assert not are_alike(answers, answers | {"logits": [-value for value in answers["logits"]]})
+    assert not are_alike(answers, answers | {"gradient": []})

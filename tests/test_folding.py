@@ -319,3 +319,19 @@ def test_a_network_that_cannot_take_channels_last_gets_images_as_they_are():
     same = nn.Sequential(flat.conv, flat.norm, nn.Flatten(), flat.head)
     assert report.verdicts == evaluate_robustness(same, (images, labels), list(report), AttackConfig(eps=0.1)).verdicts
     assert (fast_layout(flat, images), fast_layout(same, images)) == (torch.contiguous_format, torch.channels_last)
+
+
+def test_a_hook_of_all_modules_that_changes_outputs_is_heeded():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 4)
+    ).eval()
+    images = torch.rand(2, 3, 8, 8)
+
+    def doubled(module, inputs, output):
+        return 2 * output if isinstance(module, nn.Conv2d) else None
+
+    with nn.modules.module.register_module_forward_hook(doubled), torch.no_grad():
+        expected = net(images)
+        with folded_batchnorm(net, images):
+            torch.testing.assert_close(net(images), expected)

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from hf_mrpf import AttackConfig, PrunedForImageClassification, plan_pruning, prune
-from hf_mrpf.hub import short_card
+from hf_mrpf.hub import of_dense, short_card
 from hf_mrpf.model_card import CardInfo, PlanSummary, ResultRow, render_card, results_table
 from hf_mrpf.named_attacks import ATTACKS, settings_of
 from hf_mrpf.report import RobustnessReport, wilson_interval
@@ -161,12 +161,14 @@ def test_short_card_claims_nothing():
 def test_a_card_without_a_plan_tells_that_the_model_is_pruned(dtype):
     sizes = {"layers": (1, 1, 1, 1), "channels": (8, 12, 16, 16), "small_images": True}
     model = PrunedForImageClassification.from_backbone("timm/resnet18", num_labels=4, image_size=16, **sizes)
-    assert "dense" not in short_card(model).text
+    assert of_dense(model) is None
     plan = plan_pruning(model, torch.zeros(1, 3, 16, 16), allocation="uniform", target=0.5)
     prune(model, plan)
     macs, params = (f"{100 * plan.achieved[metric]:.1f} %" for metric in ("macs", "params"))
     kept = f"{macs} of the MACs and {params} of the parameters"
-    assert f"pruned to {kept} of its dense network, made with" in short_card(model.to(dtype)).text
+    card = render_card(CardInfo("own", "timm/resnet18", of_dense=of_dense(model.to(dtype)))).text
+    assert f"pruned to {kept} of its dense network, made with" in card
+    assert "pruned" not in short_card(model).text.split("## How")[0]  # which a later push keeps
 
 
 def test_plan_without_scores_says_nothing_of_sensitivity(info):

@@ -59,10 +59,17 @@ def test_a_result_that_lost_a_file_is_written_again_from_its_stages(tmp_path):
         assert "is not whole" in output and file in output and "kept from before" in output
         assert file != "model.safetensors" or (folder / file).read_bytes() == before[file]
     assert all((folder / file).is_file() for file in files)
-    (folder / "robustness_report.json").write_text('{"attacks": {}}')
-    assert "robustness_report.json is not the one that the run wrote" in recipe("train", *options)
+    for file in ("robustness_report.json", "model.safetensors"):
+        (folder / file).write_bytes((folder / file).read_bytes()[:100])
+        assert f"{file} is not as it was written (100 bytes)" in recipe("train", *options)
+    (folder / "README.md").write_text((folder / "README.md").read_text() + "A word of mine.")
     assert "is finished with these settings" in recipe("train", *options)
     assert "--card_note is not on its card" in recipe("train", *options, "--card_note", "Said too late.")
+    shutil.rmtree(folder / "stages")
+    assert "is finished with these settings" in recipe("train", *options)
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="config.json is missing, and the stages .* are gone"):
+        recipe("train", *options)
 
 
 def test_figures_of_a_round_are_those_that_there_are():
