@@ -323,15 +323,16 @@ def test_a_network_that_cannot_take_channels_last_gets_images_as_they_are():
 
 def test_a_hook_of_all_modules_that_changes_outputs_is_heeded():
     torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 4)
-    ).eval()
-    images = torch.rand(2, 3, 8, 8)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 4))
+    net.eval()[1].running_mean.normal_()
+    images, labels, attack = torch.rand(4, 3, 8, 8), torch.arange(4), AttackConfig(random_start=False, num_steps=1)
 
     def doubled(module, inputs, output):
         return 2 * output if isinstance(module, nn.Conv2d) else None
 
-    with nn.modules.module.register_module_forward_hook(doubled), torch.no_grad():
-        expected = net(images)
-        with folded_batchnorm(net, images):
-            torch.testing.assert_close(net(images), expected)
+    with nn.modules.module.register_module_forward_hook(doubled):
+        adversarial = pgd_attack(net, images, labels, attack)
+        leaf = images.clone().requires_grad_()
+        F.cross_entropy(net(leaf), labels).backward()
+    step = attack.eps * leaf.grad.sign()
+    torch.testing.assert_close(adversarial, (images + step).clamp(0, 1))
