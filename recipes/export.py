@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from hf_mrpf import PrunedForImageClassification
-from hf_mrpf.cli import check_comparable, check_place
+from hf_mrpf.cli import check_comparable, check_place, own_config
 from hf_mrpf.console import quieten, report_errors
 from hf_mrpf.efficiency import measure_latency, processor_name
 from hf_mrpf.export import FORMATS, ExportedFile, export_model, load_exported
@@ -54,7 +54,7 @@ def main() -> None:
         check_place(arguments.dense, "--dense")
     model = PrunedForImageClassification.from_pretrained(arguments.model, revision=arguments.revision)
     models = {}
-    parent = arguments.dense or dense_stage(arguments.model)
+    parent = arguments.dense or dense_stage(arguments.model, model.config.pruning)
     if parent:
         models["dense"] = PrunedForImageClassification.from_pretrained(parent)
         check_comparable(model, models["dense"], parent)
@@ -93,11 +93,14 @@ def default_folder(model: str) -> Path:
     return (Path(model) if Path(model).is_dir() else Path("outputs") / Path(model).name) / EXPORTS
 
 
-def dense_stage(model: str) -> str | None:
+def dense_stage(model: str, pruning: dict | None) -> str | None:
     """The dense model that the run of recipes/prune.py in this folder started from."""
-    stages = Path(model) / STAGES
+    folder = Path(model) / STAGES / "dense" / "model"
+    if not folder.is_dir():
+        return None
     # In a folder of recipes/train.py that stage is the model itself, of a pruned shape perhaps.
-    return str(stages / "dense" / "model") if (stages / "pruned").is_dir() else None
+    config = own_config(str(folder))
+    return str(folder) if config is not None and config.pruning != pruning else None
 
 
 def measure(

@@ -101,9 +101,10 @@ def test_the_card_names_the_split_that_was_measured_on(tmp_path, data):
 
 def test_a_run_of_prune_alone_has_a_dense_parent_beside_it(base, tmp_path):
     dense_stage = functions("export")["dense_stage"]
-    assert dense_stage(str(base)) is None
-    (tmp_path / "stages" / "pruned").mkdir(parents=True)
-    assert dense_stage(str(tmp_path)) == str(tmp_path / "stages" / "dense" / "model")
+    assert dense_stage(str(base), None) is None  # that of a training is the model itself
+    assert dense_stage(str(tmp_path), None) is None
+    record = {"shapes": {"backbone.conv1.weight": [4, 3, 3, 3]}, "attrs": {}}
+    assert dense_stage(str(base), record) == str(base / "stages" / "dense" / "model")
 
 
 def test_a_model_of_other_things_is_not_taken_to_the_embedded_digits(base, tmp_path):
