@@ -12,7 +12,7 @@ from transformers.integrations import TensorBoardCallback
 
 from .augmentation import crop_padding_of
 from .checkpoints import check_complete, newest_complete, written_by
-from .cli import ModelArguments, base_model, own_config, starts_fresh
+from .cli import ModelArguments
 from .config import MRPFConfig
 from .console import StageProgress, say
 from .data import ImageData
@@ -23,6 +23,7 @@ from .objectives import dense_objective
 from .processes import Processes
 from .run_folder import STAGES, RunFolder, remove_folder
 from .stage_lines import pruned_before, stage_line, training_figures
+from .starting_point import base_model, own_config, starts_fresh
 from .trainer import MRPFTrainer
 
 

@@ -26,7 +26,7 @@ from transformers.utils import cached_file
 
 from hf_mrpf import AttackConfig, PrunedForImageClassification
 from hf_mrpf.class_names import check_class_names, model_class_names
-from hf_mrpf.cli import DataArguments, check_comparable, check_default_data, check_place, load_data, number
+from hf_mrpf.cli import DataArguments, check_place, number
 from hf_mrpf.console import quieten, report_errors
 from hf_mrpf.data import ImageData
 from hf_mrpf.evaluation import evaluate_robustness
@@ -35,6 +35,7 @@ from hf_mrpf.named_attacks import ATTACKS, QUICK
 from hf_mrpf.report import RobustnessReport
 from hf_mrpf.run_folder import STATE_FILE, read_json
 from hf_mrpf.sanity import failures_of_report, failures_under_attack
+from hf_mrpf.starting_point import check_comparable, check_default_data, load_data
 
 
 def parse_arguments() -> tuple[DataArguments, argparse.Namespace]:

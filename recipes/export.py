@@ -16,12 +16,13 @@ from typing import Any
 import torch
 
 from hf_mrpf import PrunedForImageClassification
-from hf_mrpf.cli import check_comparable, check_place, own_config
+from hf_mrpf.cli import check_place
 from hf_mrpf.console import quieten, report_errors
 from hf_mrpf.efficiency import measure_latency, processor_name
 from hf_mrpf.export import FORMATS, ExportedFile, export_model, load_exported
 from hf_mrpf.report import package_versions
 from hf_mrpf.run_folder import EXPORTS, STAGES, write_json
+from hf_mrpf.starting_point import check_comparable, own_config
 
 RUNTIMES = {"pt2": "exported", "onnx": "onnxruntime"}
 

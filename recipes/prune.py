@@ -42,16 +42,7 @@ import torch
 from transformers import TrainerCallback
 
 from hf_mrpf import PrunedForImageClassification, PruningPlan, RobustnessReport
-from hf_mrpf.cli import (
-    ModelArguments,
-    RoundArguments,
-    build_model,
-    check_default_data,
-    check_outlives_overwriting,
-    load_data,
-    run_settings,
-    starting_config,
-)
+from hf_mrpf.cli import ModelArguments, RoundArguments, run_settings
 from hf_mrpf.console import announce, quieten, report_errors, say, show
 from hf_mrpf.data import ImageData, calibration_batches
 from hf_mrpf.delivery import check_repository_id, push_result, repository, shown_again
@@ -86,6 +77,13 @@ from hf_mrpf.stages import (
     tell,
     train,
     trained_stage,
+)
+from hf_mrpf.starting_point import (
+    build_model,
+    check_default_data,
+    check_outlives_overwriting,
+    load_data,
+    starting_config,
 )
 
 # Of a stage whose plan hangs on measured times or losses, from when it is planned.

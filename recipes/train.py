@@ -40,14 +40,7 @@ if __name__ == "__main__":
 import torch
 
 from hf_mrpf import RobustnessReport
-from hf_mrpf.cli import (
-    build_model,
-    check_default_data,
-    check_outlives_overwriting,
-    load_data,
-    run_settings,
-    starting_config,
-)
+from hf_mrpf.cli import run_settings
 from hf_mrpf.console import announce, quieten, report_errors, show
 from hf_mrpf.data import ImageData
 from hf_mrpf.delivery import check_repository_id, push_result, repository, shown_again
@@ -62,6 +55,13 @@ from hf_mrpf.results import results_table
 from hf_mrpf.run_folder import RunFolder, remove_folder, write_json
 from hf_mrpf.stage_lines import evaluation_figures
 from hf_mrpf.stages import check_forced_place, dense_stage, run_folder, settle_augmentation, tell
+from hf_mrpf.starting_point import (
+    build_model,
+    check_default_data,
+    check_outlives_overwriting,
+    load_data,
+    starting_config,
+)
 
 NOTE = "These are figures of the validation split{picked}; this run has not read the test split."
 PICKED = ", on which the best epoch was picked, so they flatter the model a little"

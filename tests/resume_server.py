@@ -35,6 +35,7 @@ import hf_mrpf.publishing
 import hf_mrpf.report
 import hf_mrpf.run_folder
 import hf_mrpf.stages
+import hf_mrpf.starting_point
 import hf_mrpf.trainer
 
 SUBSET = {"max_train_samples": 64, "max_eval_samples": 24}
@@ -212,7 +213,7 @@ def main() -> None:
     torch.set_num_threads(1)  # threads that had run would not be there in a forked process
     cheapen()
     runpy.run_path(str(RECIPE), run_name="recipe")
-    hf_mrpf.cli.load_data(hf_mrpf.cli.DataArguments(**SUBSET), None)
+    hf_mrpf.starting_point.load_data(hf_mrpf.cli.DataArguments(**SUBSET), None)
     gc.collect()
     gc.freeze()  # the collections of every child would look at all of it again
     print("ready", file=answers)

@@ -14,15 +14,11 @@ from hf_mrpf.cli import (
     ModelArguments,
     RoundArguments,
     RunArguments,
-    base_model,
-    build_model,
-    load_data,
     number,
-    own_config,
     run_settings,
-    starting_config,
 )
 from hf_mrpf.console import StageProgress, report_errors
+from hf_mrpf.starting_point import base_model, build_model, load_data, own_config, starting_config
 
 GROUPS = ("data:", "model:", "pruning:", "attack:", "training:", "Hub:", "transformers:")
 NARROW = '{"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8], "stem_type": "deep", "stem_width": 4}'

@@ -93,6 +93,7 @@ FLOORS = {
     "trainer": 6,
     "interruption": 0,
     "cli": 4,
+    "starting_point": 4.5,
     "console": 4,
     "stage_lines": 3,
     "recipe_options": 5,

@@ -9,9 +9,10 @@ from transformers import AutoModelForImageClassification, ResNetConfig
 
 import hf_mrpf
 from hf_mrpf import plan_pruning, prune
-from hf_mrpf.cli import ModelArguments, build_model
+from hf_mrpf.cli import ModelArguments
 from hf_mrpf.data import load_image_data
 from hf_mrpf.modeling import describe_pruning, with_new_head
+from hf_mrpf.starting_point import build_model
 
 LABELS = {0: "cat", 1: "dog", 2: "emu", 3: "fox"}
 

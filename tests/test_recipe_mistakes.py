@@ -11,8 +11,9 @@ from huggingface_hub import ModelCard
 from test_train_recipe import NETWORK, PRUNING, REPOSITORY, TINY, recipe
 
 from hf_mrpf import PrunedForImageClassification
-from hf_mrpf.cli import DataArguments, ModelArguments, build_model, check_default_data, check_outlives_overwriting
+from hf_mrpf.cli import DataArguments, ModelArguments
 from hf_mrpf.data import load_image_data
+from hf_mrpf.starting_point import build_model, check_default_data, check_outlives_overwriting
 
 SMALL = ("--backbone_kwargs", json.dumps(NETWORK))
 

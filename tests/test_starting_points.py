@@ -229,13 +229,14 @@ def test_code_in_a_repository_is_neither_run_nor_asked_about(client, hub, folder
     hub.put("lab/evil", files | {"config.json": json.dumps(config).encode(), "evil.py": code})
     ask = "import builtins\ndef ask(*words):\n    raise SystemExit('asked')\nbuiltins.input = ask\n"
     assert "trust_remote_code" in refused(client, ask + START, name="lab/evil")
-    own = "from hf_mrpf.cli import own_config\nanswer = own_config(given['name'])"
+    own = "from hf_mrpf.starting_point import own_config\nanswer = own_config(given['name'])"
     assert client.run(ask + own, name="lab/evil") is None
     assert not (place / "executed").exists()
 
 
 BUILD = """
-from hf_mrpf.cli import ModelArguments, build_model
+from hf_mrpf.cli import ModelArguments
+from hf_mrpf.starting_point import build_model
 from hf_mrpf.data import load_image_data
 data = load_image_data("digits", max_train_samples=40, max_eval_samples=10)
 for name in given["names"]:
