@@ -11,9 +11,15 @@ from PIL import Image
 
 from hf_mrpf import PrunedForImageClassification
 from hf_mrpf.model_card import CardInfo, render_card
+from hf_mrpf.results import markdown_table, table_cells
 
 FOLDER = Path(__file__).resolve().parent.parent / "model_cards"
 SMALL = {"layers": (1, 1, 1, 1), "channels": (8, 8, 8, 8)}
+README_TABLES = {
+    "digits": "digits-resnet",
+    "cifar10": "cifar10-narrow-resnet",
+    "cifar10-mobilevit": "cifar10-mobilevit",
+}
 CARDS = sorted(path.parent for path in FOLDER.glob("*/card.json"))
 
 
@@ -48,3 +54,17 @@ def test_the_load_snippets_of_a_card_run(folder, tmp_path):
         assert torch.equal(names["model"].eval()(pixels).logits, model.eval()(pixels).logits)
     (first, *_) = names["classify"](Image.new("RGB", (40, 30), "red"))
     assert first["label"] in info.class_names
+
+
+@pytest.mark.parametrize("mark, folder", README_TABLES.items())
+def test_the_tables_of_the_readme_are_those_of_the_cards(mark, folder):
+    info = CardInfo.from_dict(json.loads((FOLDER / folder / "card.json").read_text()))
+    readme = (FOLDER.parent / "README.md").read_text()
+    block = readme.split(f"<!-- {mark} -->")[1].split(f"<!-- end {mark} -->")[0]
+    cells = table_cells(info.rows)
+    shown = [place for place, title in enumerate(cells[0]) if title not in ("FGSM", "CW-PGD")]
+    assert markdown_table([[row[place] for place in shown] for row in cells]) in block
+    assert next(note for note in info.notes if note.startswith("Fine-tuned minus dense")) in block
+    if info.control:
+        clean, attacked = (f"{100 * info.control.accuracies[name]:.1f} %" for name in ("clean", "pgd20"))
+        assert f"{clean} clean, {attacked} under PGD-20" in block
