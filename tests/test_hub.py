@@ -183,6 +183,16 @@ def test_saving_can_push_too(client, hub, place):
     assert b"claims neither accuracy" in hub.files("alice/both")["README.md"]
 
 
+def test_what_is_saved_and_pushed_at_once_is_pushed_as_it_is_saved(client, hub, place):
+    code = BUILD + "model.save_pretrained(given['folder'], push_to_hub=True, tags=['mine'], max_shard_size='20KB')"
+    client.run(code, token=ALICE, folder=str(place / "shards"))
+    pushed = {name for name in hub.files("alice/shards") if name.endswith(".safetensors")}
+    assert len(pushed) > 1 and pushed == {path.name for path in (place / "shards").glob("*.safetensors")}
+    assert b"- mine\n" in hub.files("alice/shards")["README.md"]
+    code = BUILD + "model.save_pretrained(given['folder'], push_to_hub=True, create_pr=True)"
+    assert "create_pr: a push here is one commit" in refused(client, code, token=ALICE, folder=str(place / "asked"))
+
+
 def test_a_bare_push_keeps_a_card_without_figures_and_drops_figures_of_other_weights(client, hub):
     words = b"---\nlicense: mit\n---\n# My own words\n"
     hub.put("alice/worded", {"README.md": words, "notes.txt": b"mine"})

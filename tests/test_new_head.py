@@ -32,6 +32,15 @@ def pruned(request):
     return model.eval()
 
 
+def test_what_was_frozen_stays_so_but_for_the_head(pruned):
+    first = next(iter(dict(pruned.named_parameters())))
+    pruned.requires_grad_(False).get_parameter(first).requires_grad_(True)
+    other = with_new_head(pruned, LABELS)
+    trained = {name for name, parameter in other.named_parameters() if parameter.requires_grad}
+    head = {name for name, parameter in other.named_parameters() if parameter.shape != pruned.get_parameter(name).shape}
+    assert len(head) == 2 and trained == head | {first}
+
+
 def test_all_but_the_head_is_copied_and_the_pruning_stays(pruned, tmp_path):
     before = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
     other = with_new_head(pruned, LABELS)
