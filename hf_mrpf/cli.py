@@ -216,13 +216,18 @@ def multiple(text: str) -> int | str:
 
 def json_object(text: str) -> str:
     """Checks what `TrainingArguments` reads later, and names no option where it fails."""
+    if _object_of(text) is None:
+        raise ArgumentTypeError(f"{text!r} is no JSON object; write for instance '{{\"num_cycles\": 2}}'")
+    return text.strip()
+
+
+def _object_of(text: str) -> dict[str, Any] | None:
+    """The object that is written as JSON; None where it is anything else."""
     try:
         found = json.loads(text)
     except json.JSONDecodeError:
-        found = None
-    if not isinstance(found, dict):
-        raise ArgumentTypeError(f"{text!r} is no JSON object; write for instance '{{\"num_cycles\": 2}}'")
-    return text.strip()
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def json_object_or_file(text: str) -> str:
@@ -305,11 +310,8 @@ def check_place(name: str, option: str = "--model_name_or_path") -> None:
 
 def backbone_options(text: str) -> dict[str, Any]:
     """What `--backbone_kwargs` says. A ValueError where that is no JSON object."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = None
-    if not isinstance(value, dict):
+    value = _object_of(text)
+    if value is None:
         raise ValueError(
             f"--backbone_kwargs {text!r} is not a JSON object; write for instance '{{\"drop_rate\": 0.1}}'."
         )

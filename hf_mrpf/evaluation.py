@@ -131,9 +131,9 @@ def evaluate_robustness(
     network = _in_float32(model)
     image_size = getattr(getattr(model, "config", None), "image_size", None)
     image_size = image_size if isinstance(image_size, int) else None
-    found = indexed_batches(data, num_samples, seed, batch_size, image_size, model_class_names(model))
-    if journal and (first := next(found, None)) is not None:
-        found = chain([first], found)
+    numbered = indexed_batches(data, num_samples, seed, batch_size, image_size, model_class_names(model))
+    if journal and (first := next(numbered, None)) is not None:
+        numbered = chain([first], numbered)
         subject |= {"weights": weights_sha256(model), "answers": answers_of(network, first[1].to(weight.device))}
     expected = count_images(data, num_samples)
     rounds = 1 + sum(len(runs_of(name, AUTOATTACK_TARGETS + 1)) for name in names)
@@ -151,7 +151,7 @@ def evaluate_robustness(
             where = images.to(weight.device), labels.to(weight.device)
             return _clean_answers(network, *where, indices, gradient=gradient)
 
-        for pool in pools(found):
+        for pool in pools(numbered):
             _add_to(fingerprint, pool.indices, pool.images, pool.labels)
             everything = range(len(pool.keys))
             answers = known.settle(question, pool, everything, clean)

@@ -109,7 +109,8 @@ class PixelTrainer(PublishingTrainer):
         if isinstance(dataset, Dataset) and self.data_collator is collate_pixels:
             dataset = PixelRows(dataset)
         given = self.args.dataloader_drop_last
-        self.args.dataloader_drop_last = given and description == "Training"  # evaluations count every image
+        # Evaluations count every image.
+        self.args.dataloader_drop_last = description == "Training" and (given or self._leaves_a_single_image())
         try:
             return super()._get_dataloader(dataset, description, *args, **kwargs)
         finally:
@@ -130,19 +131,13 @@ class PixelTrainer(PublishingTrainer):
                 f"dataloader_drop_last leaves out a batch that is not full, and {len(cast(Dataset, images))} training "
                 f"images are fewer than one of {batch}: lower per_device_train_batch_size, or leave it out."
             )
-        given = self.args.dataloader_drop_last
-        if not given and self._leaves_a_single_image():
-            if self.is_world_process_zero():
-                LOGGER.warning(
-                    "The last batch of an epoch, a single image, is left out: BatchNorm cannot train on one. Another "
-                    "per_device_train_batch_size than %d would use it.",
-                    self.args.per_device_train_batch_size,
-                )
-            self.args.dataloader_drop_last = True
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.args.dataloader_drop_last = given
+        if not self.args.dataloader_drop_last and self._leaves_a_single_image() and self.is_world_process_zero():
+            LOGGER.warning(
+                "The last batch of an epoch, a single image, is left out: BatchNorm cannot train on one. Another "
+                "per_device_train_batch_size than %d would use it.",
+                self.args.per_device_train_batch_size,
+            )
+        return super().get_train_dataloader()
 
     def _leaves_a_single_image(self) -> bool:
         dataset: Any = self.train_dataset

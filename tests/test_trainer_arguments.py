@@ -5,29 +5,14 @@ import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
 from safetensors.torch import load_file
+from test_trainer import QUICK, plain_net
 from torch import nn
 from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
 
 from hf_mrpf import AttackConfig, MRPFConfig, MRPFTrainer, PrunedForImageClassification, load_image_data
 from hf_mrpf.data import as_pixel_dataset
 
-QUICK = {
-    "eps": 0.1,
-    "num_steps": 1,
-    "eval_num_steps": 5,
-    "per_device_train_batch_size": 32,
-    "calibration_sets": 2,
-    "calibration_set_size": 8,
-    "sensitivity_steps": 1,
-    "recalibration_samples": 32,
-    "crop_padding": 0,
-    "horizontal_flip": False,
-    "use_cpu": True,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "save_strategy": "no",
-    "max_steps": 2,
-}
+SHORT = {"num_steps": 1, "eval_num_steps": 5, "calibration_set_size": 8, "recalibration_samples": 32, "max_steps": 2}
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +29,8 @@ def model():
     )
 
 
-def plain_net() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 10))
-
-
 def quick(folder, **changes) -> MRPFConfig:
-    return MRPFConfig(str(folder), **(QUICK | changes))
+    return MRPFConfig(str(folder), **(QUICK | SHORT | changes))
 
 
 class StopAfter(TrainerCallback):
