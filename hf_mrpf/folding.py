@@ -1,22 +1,26 @@
 """
-The form of a network while an attack runs: BatchNorm folded into convolutions, weights laid out as kernels like them.
+The form of a network while an attack runs: BatchNorm folded into convolutions, weights laid out as kernels like them,
+convolutions of small maps with fewer multiplications.
 
 An attack passes through a network many times at the same weights, so that what depends on weights alone is done once.
 """
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as everywhere
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from .winograd import minimal_filtering, suits
 
 LOGGER = logging.getLogger("hf_mrpf")
 # Exact classes, by their full names: a subclass may do anything with its weight.
@@ -34,7 +38,9 @@ class Pair(NamedTuple):
 class _Known(NamedTuple):
     modules: list[nn.Module]
     pairs: list[Pair]
+    small_maps: dict[nn.Module, torch.Size]  # convolutions that fewer multiplications do, and the size of their maps
     takes_channels_last: bool
+    shape: torch.Size  # of an image
     flags: dict[tuple[int, str], Any]
     unsteady: set[tuple[int, str]]  # flags that a pass changes
 
@@ -70,15 +76,26 @@ def folded_batchnorm(model: nn.Module, images: Tensor) -> Iterator[None]:
         images (`Tensor` of shape `[N, 3, H, W]`): what will be run through it; the first is looked at.
     """
     known, layout = _known(model, images), fast_layout(model, images)
-    with _folded(known.pairs), _converted(known.modules, images, layout):
+    small_maps = {} if torch.is_autocast_enabled(images.device.type) else known.small_maps
+    with _folded(known.pairs, small_maps, len(images), {}), _converted(known.modules, images, layout):
         yield
 
 
 @contextmanager
-def folded_except(model: nn.Module, images: Tensor, weights: Iterable[Tensor]) -> Iterator[None]:
-    """As [`folded_batchnorm`], but with those weights, which may then be changed, as they are; layouts stay."""
-    spared = {id(weight) for weight in weights}
-    with _folded([pair for pair in _known(model, images).pairs if id(pair.convolution.weight) not in spared]):
+def folded_except(
+    model: nn.Module, images: Tensor, weights: Iterable[Tensor], coarsely: bool, made: dict[nn.Module, Any]
+) -> Iterator[None]:
+    """
+    As [`folded_batchnorm`], but with those weights, which may then be changed, as they are; layouts stay.
+
+    `coarsely` says that passes will be made in half precision. `made` keeps what was made of other weights for the next
+    time, when they have to be as they were.
+    """
+    known, spared = _known(model, images), {id(weight) for weight in weights}
+    pairs = [pair for pair in known.pairs if id(pair.convolution.weight) not in spared]
+    small_maps = {} if coarsely else known.small_maps
+    small_maps = {one: size for one, size in small_maps.items() if id(one.weight) not in spared}
+    with _folded(pairs, small_maps, len(images), made):
         yield
 
 
@@ -86,17 +103,17 @@ def _known(model: nn.Module, images: Tensor) -> _Known:
     """What a pass of one image shows of a network; of a compiled one there is nothing to be known."""
     modules = list(model.modules())
     if not len(images) or any(map(is_compiled, modules)):
-        return _Known([], [], True, {}, set())
+        return _Known([], [], {}, True, images.shape[1:], {}, set())
     known, flags, everything, modules = _KNOWN.get(model), _flags(modules), modules, modules[1:]
-    if known is not None and _is_unchanged(known, modules, flags):
+    if known is not None and known.shape == images.shape[1:] and _is_unchanged(known, modules, flags):
         return known
     image, takes = images[:1], True
     try:
-        pairs = _pairs(model, modules, image.contiguous(memory_format=torch.channels_last))
+        pairs, small_maps = _seen(model, modules, image.contiguous(memory_format=torch.channels_last))
     except RuntimeError as error:
         if "view size is not compatible" not in str(error):
             raise
-        pairs, takes = _pairs(model, modules, image), False
+        (pairs, small_maps), takes = _seen(model, modules, image), False
     if known is None:
         # Only what costs time is news to a user.
         norms = sum(_name(module) in NORMS for module in modules)
@@ -106,7 +123,7 @@ def _known(model: nn.Module, images: Tensor) -> _Known:
     unsteady = {key for key in flags.keys() | after.keys() if flags.get(key) != after.get(key)}
     unsteady |= known.unsteady if known is not None else set()
     steady = {key: value for key, value in flags.items() if key not in unsteady}
-    _KNOWN[model] = _Known(modules, pairs, takes, steady, unsteady)
+    _KNOWN[model] = _Known(modules, pairs, small_maps, takes, images.shape[1:], steady, unsteady)
     return _KNOWN[model]
 
 
@@ -126,13 +143,14 @@ def _flags(modules: Iterable[nn.Module]) -> dict[tuple[int, str], Any]:
     }
 
 
-def _pairs(model: nn.Module, modules: list[nn.Module], image: Tensor) -> list[Pair]:
+def _seen(model: nn.Module, modules: list[nn.Module], image: Tensor) -> tuple[list[Pair], dict[nn.Module, torch.Size]]:
+    """Pairs, and convolutions of small maps with the size of these."""
     # Apart from the work itself, which is then the same bit for bit in a process that knows and in one that does not;
     # by its forward, since what hooks into the model is there to see that work.
     precise, same_noise = torch.autocast(image.device.type, enabled=False), [image.device] if image.is_cuda else []
-    with torch.random.fork_rng(same_noise), torch.no_grad(), precise, _watched(modules) as pairs:
+    with torch.random.fork_rng(same_noise), torch.no_grad(), precise, _watched(modules) as (pairs, small_maps):
         model.forward(image)
-    return pairs
+    return pairs, small_maps
 
 
 class _Reads(TorchDispatchMode):
@@ -151,15 +169,19 @@ class _Reads(TorchDispatchMode):
 
 
 @contextmanager
-def _watched(modules: Sequence[nn.Module]) -> Iterator[list[Pair]]:
-    """The pairs among the modules, once a pass has been made."""
+def _watched(modules: Sequence[nn.Module]) -> Iterator[tuple[list[Pair], dict[nn.Module, torch.Size]]]:
+    """The pairs among the modules and the convolutions of small maps, once a pass has been made."""
     pairs: list[Pair] = []
+    small_maps: dict[nn.Module, torch.Size] = {}
     read: list[tuple[Any, Tensor]] = []
     runs: Counter[nn.Module] = Counter()
     reads = _Reads()
 
-    def writes(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+    def writes(module: Any, inputs: tuple, output: Tensor) -> None:
         runs[module] += 1
+        size = output.shape[-2:]
+        if _name(module) == CONVOLUTIONS[0] and not torch.is_autocast_enabled("cpu") and suits(module, size):
+            small_maps[module] = size
         reads.written[id(output)] = module, output  # held: its id must not become another's
 
     def is_read(module: nn.Module, inputs: tuple, named: dict) -> None:
@@ -174,7 +196,7 @@ def _watched(modules: Sequence[nn.Module]) -> Iterator[list[Pair]]:
     hooks += [module.register_forward_pre_hook(is_read, with_kwargs=True) for module in plain if _name(module) in NORMS]
     try:
         with reads:
-            yield pairs
+            yield pairs, small_maps
     finally:
         for hook in hooks:
             hook.remove()
@@ -206,11 +228,16 @@ def _is_watched(module: nn.Module) -> bool:
     return any((*own, *of_all)) or "forward" in vars(module)
 
 
-def _is_plain(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
-    """Whether both compute what their classes say, precisely enough to be made one."""
-    exact = _is_ordinary(convolution) and convolution.weight.dtype in (torch.float32, torch.float64)
-    fixed = norm.running_var is not None and not norm.training
-    return exact and fixed and not (_is_watched(convolution) or _is_watched(norm))
+def _is_plain(convolution: nn.Module) -> bool:
+    """Whether it computes what its class says, precisely enough to be computed in another way."""
+    weight = convolution._parameters.get("weight")
+    exact = _is_ordinary(convolution) and weight is not None and weight.dtype in (torch.float32, torch.float64)
+    return exact and not _is_watched(convolution)
+
+
+def _is_fixed(norm: nn.BatchNorm2d) -> bool:
+    """Whether it computes what its class says, of statistics that it has."""
+    return norm.running_var is not None and not norm.training and not _is_watched(norm)
 
 
 def _is_ordinary(convolution: nn.Module) -> bool:
@@ -219,24 +246,61 @@ def _is_ordinary(convolution: nn.Module) -> bool:
 
 
 @contextmanager
-def _folded(pairs: Sequence[Pair]) -> Iterator[None]:
-    pairs = [pair for pair in pairs if _is_plain(*pair)]
-    kept = [(convolution, convolution.weight, convolution.bias) for convolution, _ in pairs]
+def _folded(
+    pairs: Iterable[Pair], small_maps: Mapping[nn.Module, torch.Size], count: int, made: dict[nn.Module, Any]
+) -> Iterator[None]:
+    norms = {pair.convolution: pair.norm for pair in pairs if _is_plain(pair.convolution) and _is_fixed(pair.norm)}
+    # A GPU's library knows of fewer multiplications by itself.
+    filtered: dict[Any, torch.Size] = {
+        convolution: size
+        for convolution, size in small_maps.items()
+        if _is_plain(convolution) and cast(Tensor, convolution.weight).device.type == "cpu"
+    }
+    kept = [(convolution, convolution.weight, convolution.bias) for convolution in norms]
     try:
-        for convolution, norm in pairs:
-            mean: Any = norm.running_mean
-            variance: Any = norm.running_var
-            with torch.no_grad():
-                convolution.weight, convolution.bias = fuse_conv_bn_weights(
-                    convolution.weight, convolution.bias, mean, variance, norm.eps, norm.weight, norm.bias
-                )
+        for convolution, norm in norms.items():
+            if convolution not in filtered:
+                if convolution not in made:
+                    made[convolution] = _fused(convolution, norm)
+                convolution.weight, convolution.bias = made[convolution]
             vars(norm)["forward"] = _after(norm)
+        for convolution, size in filtered.items():
+            if convolution not in made:
+                made[convolution] = _by_filtering(convolution, norms.get(convolution), size, count)
+            vars(convolution)["forward"] = made[convolution]
         yield
     finally:
         for convolution, weight, bias in kept:
             convolution.weight, convolution.bias = weight, bias
-        for _, norm in pairs:
-            vars(norm).pop("forward", None)
+        for module in (*norms.values(), *filtered):
+            vars(module).pop("forward", None)
+
+
+def _fused(convolution: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the two together."""
+    if norm is None:
+        return convolution.weight, convolution.bias
+    mean: Any = norm.running_mean
+    variance: Any = norm.running_var
+    with torch.no_grad():
+        return fuse_conv_bn_weights(
+            convolution.weight, convolution.bias, mean, variance, norm.eps, norm.weight, norm.bias
+        )
+
+
+def _by_filtering(
+    convolution: nn.Conv2d, norm: nn.BatchNorm2d | None, size: torch.Size, count: int
+) -> Callable[[Tensor], Tensor]:
+    dtype, shape = convolution.weight.dtype, (convolution.in_channels, *size)
+    convolve = minimal_filtering(*_fused(convolution, norm), size, count)
+
+    def forward(input: Tensor) -> Tensor:
+        if input.dtype == dtype and input.shape[1:] == shape and not torch.is_autocast_enabled("cpu"):
+            return convolve(input)
+        # What is fused is not held as well: maps of another size than in the pass that was watched are rare.
+        return F.conv2d(input, *_fused(convolution, norm), padding=1)
+
+    return forward
 
 
 @contextmanager
@@ -248,7 +312,12 @@ def _converted(modules: Sequence[nn.Module], images: Tensor, layout: torch.memor
     try:
         for module in modules:
             weight = module._parameters.get("weight")
-            if weight is not None and _name(module) in CONVOLUTIONS and _is_ordinary(module):
+            if (
+                weight is not None
+                and "forward" not in vars(module)
+                and _name(module) in CONVOLUTIONS
+                and _is_ordinary(module)
+            ):
                 kept.append((module, weight))
                 converted = weight.detach().to(dtype=dtype, memory_format=layout)
                 module.weight = nn.Parameter(converted, requires_grad=False)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,7 @@ class RobustLoss:
     backwards: int = 0
     prefixes: list[Prefix] = field(init=False)
     rehearsal: list[Prefix] = field(init=False)
+    folded: dict[nn.Module, Any] = field(init=False, default_factory=dict)  # what does not change was folded into
     rehearsed: Tensor | None = field(init=False, default=None)  # logits of the first of these, from a whole pass
 
     def __post_init__(self) -> None:
@@ -66,7 +67,7 @@ class RobustLoss:
         weights = list({id(piece.weight): piece.weight for piece in pieces}.values())
         with ExitStack() as forms:
             for prefix in self.prefixes[:1]:
-                forms.enter_context(folded_except(self.model, prefix.images, weights))
+                forms.enter_context(folded_except(self.model, prefix.images, weights, self.in_half, self.folded))
             if self.rehearsal:
                 with computing_in(self.attack, self.rehearsal[0].images):
                     self._keep_before(weights)
