@@ -12,6 +12,7 @@ import hf_mrpf
 PACKAGE = Path(__file__).resolve().parent.parent / "hf_mrpf"
 FLOORS = {
     "tokens": -1,
+    "winograd": -2,
     "folding": -1,
     "prefix": 0,
     "attacks": 0,
