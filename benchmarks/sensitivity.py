@@ -5,18 +5,19 @@ Module robustness sensitivity of all modules of a network, beside the loop over 
     python benchmarks/sensitivity.py --device cuda    # writes benchmarks/results/sensitivity-cuda.json
 
 "naive" is Alg. 1 of RiFT (arXiv 2308.02533) for one module: ten times a forward and a backward to its weights, a step,
-the projection, and a forward for the value. It is timed on some modules, evenly spaced over the network, and scaled to
-all of them. Both start from the same images, as adversarial ones are given and their attack is not timed, and give the
-same values, which is checked in float64. Rounds take turns. The agreement of `ascent` with `exact` is measured on a
-narrow network after PGD adversarial training (a ResNet, unless a trained one is named), next to what two disjoint sets
-of images agree on: the most that one set can tell. There, `exact` is also taken on four and eight times as many images
-as `ascent`: few images and few steps rank as well, and cost that much less. On the same network `exact` is measured in
-bfloat16 too: on a GPU for its time as well, on a processor for its values alone.
+the projection, and a forward for the value, in batches of as many images as ours. It is timed on some modules, evenly
+spaced over the network, and scaled to all of them. Both start from the same images, as adversarial ones are given and
+their attack is not timed, and give the same values, which is checked in float64. Rounds take turns. The agreement of
+`ascent` with `exact` is measured on a narrow network after PGD adversarial training (a ResNet, unless a trained one is
+named), next to what two disjoint sets of images agree on: the most that one set can tell. There, `exact` is also taken
+on four and eight times as many images as `ascent`: few images and few steps rank as well, and cost that much less. On
+the same network `exact` is measured in bfloat16 too: on a GPU for its time as well, on a processor for its values
+alone.
 """
 
 import argparse
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -39,7 +40,7 @@ from hf_mrpf.attacks import DTYPES, logits_of
 from hf_mrpf.loader import batches
 from hf_mrpf.sensitivity import _mean_spearman
 
-GAMMA, STEPS = 0.1, 10
+GAMMA, STEPS, BATCH_SIZE = 0.1, 10, 128
 
 
 def passes_in(dtype: str) -> AttackConfig:
@@ -49,20 +50,31 @@ def passes_in(dtype: str) -> AttackConfig:
 
 def naive(model: nn.Module, weight: nn.Parameter, images: Tensor, labels: Tensor) -> float:
     """The sensitivity of one module's weight, step by step."""
+    parts = list(zip(images.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True))
     original, radius = weight.detach().clone(), GAMMA * weight.detach().norm()
-    with torch.no_grad():
-        before = F.cross_entropy(logits_of(model(images)), labels).item()
-    best = 0.0
+
+    def losses() -> Iterator[Tensor]:
+        """Of each batch its share of the mean."""
+        for part, its in parts:
+            yield F.cross_entropy(logits_of(model(part)), its, reduction="sum") / len(images)
+
+    def value() -> float:
+        with torch.no_grad():
+            return sum(loss.item() for loss in losses())
+
+    before, best = value(), 0.0
     weight.requires_grad_(True)
     for _ in range(STEPS):
-        (gradient,) = torch.autograd.grad(F.cross_entropy(logits_of(model(images)), labels), weight)
+        gradient = torch.zeros_like(weight)
+        for loss in losses():
+            gradient += torch.autograd.grad(loss, weight)[0]
         with torch.no_grad():
             length = gradient.norm()
             if length == 0:
                 break
             move = weight + radius * gradient / length - original
             weight.copy_(original + move * (radius / move.norm()).clamp_max(1))
-            best = max(best, F.cross_entropy(logits_of(model(images)), labels).item() - before)
+        best = max(best, value() - before)
     weight.requires_grad_(False)
     with torch.no_grad():
         weight.copy_(original)
@@ -107,7 +119,13 @@ def compare(
     def ours(way: str, method: str, count: int, dtype: str) -> Callable[[], None]:
         def run() -> None:
             values[way] = module_robustness_sensitivity(
-                model, [(images[:count], labels[:count])], passes_in(dtype), method=method, gamma=GAMMA, slices={}
+                model,
+                [(images[:count], labels[:count])],
+                passes_in(dtype),
+                method=method,
+                gamma=GAMMA,
+                slices={},
+                batch_size=BATCH_SIZE,
             )
 
         return run

@@ -130,13 +130,14 @@ def table_cells(rows: Sequence[ResultRow], *, intervals: bool = True) -> list[li
     attacks = [name for name in first.accuracies if name != "clean"]
     titles = [attack_title(name, first.settings.get(name)) for name in attacks]
     heading = ["model", "clean", *titles, "parameters", "MACs"]
-    heading += [f"ms, batch {batch}" for batch in batches] + ["file"]
+    with_files = any(row.file_size is not None for row in rows)
+    heading += [f"ms, batch {batch}" for batch in batches] + with_files * ["file"]
     table = [heading]
     for row in rows:
         accuracies = [accuracy_text(row, name, interval=intervals) for name in ("clean", *attacks)]
         costs = [_share(row.parameters, first.parameters, _amount), _share(row.macs, first.macs, _amount)]
         costs += [f"{row.latency[batch]:.3g}" if batch in row.latency else "" for batch in batches]
-        costs += [_share(row.file_size, first.file_size, lambda size: f"{_amount(size)}B")]
+        costs += with_files * [_share(row.file_size, first.file_size, lambda size: f"{_amount(size)}B")]
         table.append([row.name, *accuracies, *costs])
     return table
 

@@ -21,6 +21,7 @@ from .sweep_config import DENSE_AXES, Options, SweepConfig
 # Kinds of cells, and what comes first: a cell starts from the result of one of an earlier rank.
 RANKS = {"dense": 0, "pruned": 1, "dense-longer": 1, "from-scratch": 2}
 RECIPE_OF = {"dense": "train", "pruned": "prune", "dense-longer": "train", "from-scratch": "train"}
+TITLES = {"dense-longer": "dense, same extra epochs", "from-scratch": "shape from scratch, equal compute"}
 # What a cell that starts from a saved model has from it.
 OF_THE_MODEL = ("model_name_or_path", "model_revision", "backbone_kwargs", "pretrained", "small_images", "image_size")
 # What an image costs in training, how many an epoch has, and what the result is measured on: controls of equal compute

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .results import METRIC_TITLES, attack_title
+from .sweep import TITLES
 from .sweep_config import DENSE_AXES
 from .sweep_summary import (
     ROBUST,
-    TITLES,
     Spread,
     agreeing,
     balls_of,

@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from .run_folder import RunFolder
-from .sweep import Cell, run_folder
+from .sweep import TITLES, Cell, run_folder
 from .sweep_table import TABLE, append_row, finished, latest, read_rows, results_of, row_of
 
 LINES_OF_A_REASON = 12
@@ -142,7 +142,7 @@ def _log(cell: Cell, output_dir: Path, ending: str) -> Path:
 
 def _ended(row: Mapping[str, Any]) -> str:
     if row["status"] == "finished":
-        return f"  {_figures(row['results'])}, {row['seconds']:,.0f} s"
+        return f"  {_figures(row['kind'], row['results'])}, {row['seconds']:,.0f} s"
     return f"  failed after {row['seconds']:,.0f} s; the next call tries it again:\n{_indented(row['reason'])}"
 
 
@@ -208,8 +208,9 @@ def _why(cell: Cell, output_dir: Path) -> str:
     return "failed" if row and row["status"] == "failed" else "has not been done"
 
 
-def _figures(results: Mapping[str, Any]) -> str:
+def _figures(kind: str, results: Mapping[str, Any]) -> str:
     name, model = list(results["models"].items())[-1]
+    name = TITLES.get(kind, name)  # the recipe that trains a control calls it dense
     accuracies = ", ".join(f"{attack} {100 * model[attack]:.1f} %" for attack in ("clean", "pgd20"))
     return f"{name}: {accuracies} ({results['split']}, n = {results['num_samples']:,})"
 

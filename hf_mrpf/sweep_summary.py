@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from .results import attack_title, markdown_table
-from .sweep import Cell
+from .sweep import TITLES, Cell
 from .sweep_config import DENSE_AXES
 from .sweep_table import Row
 
 ROBUST = "pgd20"
 # The model that each kind of cell is about, in its results.
 MODEL_OF = {"dense": "dense", "pruned": "fine-tuned", "dense-longer": "dense", "from-scratch": "dense"}
-TITLES = {"dense-longer": "dense, same extra epochs", "from-scratch": "shape from scratch, equal compute"}
 
 
 @dataclass(frozen=True)

@@ -352,7 +352,8 @@ def card_info(model, plans, reports, rows, stages, data: ImageData, args: MRPFCo
     settings = {name: str(values[name]) for name in SETTINGS if values[name] is not None}
     if dense_objective(args.objective) != args.objective:
         settings |= {"objective of the dense model": dense_objective(args.objective)}
-    settings |= {f"epochs of the {stage} model": stages[stage]["epochs"] for stage in ("dense", "fine-tuned")}
+    epochs = {stage: stages[stage]["epochs"] or "0, taken as it is" for stage in ("dense", "fine-tuned")}
+    settings |= {f"epochs of the {stage} model": number for stage, number in epochs.items()}
     settings |= {
         f"time of the {stage} stage": f"{result['seconds']:,} s"
         for stage, result in stages.items()

@@ -254,6 +254,13 @@ def test_rows_without_costs_leave_blanks(info):
     assert line.startswith("pruned") and line.endswith("%") and "k" not in line
 
 
+def test_a_table_of_models_without_a_file_has_no_column_of_files(info):
+    rows = [replace(row, file_size=None) for row in info.rows]
+    heading, *_, told = results_table(rows).splitlines()
+    assert "file" in results_table(info.rows).splitlines()[0] and "file" not in heading
+    assert heading.split()[-3:] == ["ms,", "batch", "64"] and told.startswith("n = ")
+
+
 def test_rows_measured_differently_share_no_table(info):
     with pytest.raises(ValueError, match="measured in different ways"):
         results_table([info.rows[0], replace(info.rows[1], eps=0.1)])

@@ -69,6 +69,11 @@ def test_every_cell_is_a_line_with_its_settings_and_results(cells, launcher, tmp
     rows = read_rows(tmp_path / "table.jsonl")
     assert left == [] and [row["cell"] for row in rows] == [cell.name for cell in cells] == launcher.begun
     assert said.count("pgd20") == len(cells) and f"[{len(cells)}/{len(cells)}]" in said
+    # A control is trained by the recipe of dense models, and may be a pruned shape.
+    names = {"dense": "dense", "pruned": "fine-tuned", "dense-longer": "dense, same extra epochs"}
+    names |= {"from-scratch": "shape from scratch, equal compute"}
+    told = re.findall(r"^  (.*): clean .*pgd20", said, flags=re.MULTILINE)
+    assert told == [names[cell.kind] for cell in cells] and len(set(told)) > 2
     row = rows[1]
     assert (row["kind"], row["status"], row["start"]) == ("pruned", "finished", cells[0].name)
     assert row["axes"] == {"architecture": "narrow", "seed": 0, "importance": "magnitude", "target": 0.5}
