@@ -20,7 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .winograd import minimal_filtering, suits
+from .winograd import LEAST_MAPS, minimal_filtering, suits
 
 LOGGER = logging.getLogger("hf_mrpf")
 # Exact classes, by their full names: a subclass may do anything with its weight.
@@ -254,7 +254,7 @@ def _folded(
     filtered: dict[Any, torch.Size] = {
         convolution: size
         for convolution, size in small_maps.items()
-        if _is_plain(convolution) and cast(Tensor, convolution.weight).device.type == "cpu"
+        if count >= LEAST_MAPS and _is_plain(convolution) and cast(Tensor, convolution.weight).device.type == "cpu"
     }
     kept = [(convolution, convolution.weight, convolution.bias) for convolution in norms]
     try:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 # Larger maps, and fewer channels, are convolved as fast as they are.
 LARGEST_MAP, LEAST_CHANNELS = 8, 192
-# Of maps of up to four pixels: for fewer, reading the kernels of larger tiles takes longer than they save.
-MANY_MAPS = 48
+# For fewer maps reading the kernels, larger than the weights, takes as long as they save; with those of larger tiles it
+# is so up to the second number, for maps of up to four pixels.
+LEAST_MAPS, MANY_MAPS = 4, 48
 # Where polynomials are evaluated, infinity apart: in reach of 1, which rounds less than integers do.
 POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.75, -0.75, 1.5, -1.5)}
 

@@ -98,6 +98,8 @@ def test_small_maps_are_filtered_during_an_attack_and_the_images_found_are_the_s
     with under_attack(net, images):
         assert filtered(net) == [2, 6]  # the one before has three channels
     assert not filtered(net)
+    with under_attack(net, images[:3]):
+        assert not filtered(net)  # too few for it to pay
     with pytest.raises(KeyboardInterrupt), under_attack(net, images):
         raise KeyboardInterrupt
     assert not any("forward" in vars(module) for module in net)
@@ -121,7 +123,7 @@ def test_maps_of_another_size_or_dtype_and_an_autocast_are_convolved_directly():
         with torch.autocast("cpu", dtype=torch.bfloat16), folded_batchnorm(net, IMAGES):
             assert not filtered(net)
         # Another size of images: what is small is seen anew.
-        with folded_batchnorm(net, torch.rand(2, 3, 16, 16)):
+        with folded_batchnorm(net, torch.rand(4, 3, 16, 16)):
             assert filtered(net) == [6]
 
 
