@@ -36,7 +36,7 @@ def title(place: Place) -> str:
 
 def headroom(rows: list[Row], places: list[Place]) -> Figure | None:
     """Each random allocation minus `uniform`, by place and steps of training."""
-    columns = []
+    lines = []
     for place in places:
         for steps in STEPS:
             mine = headroom_rows(rows, place, steps)
@@ -44,20 +44,20 @@ def headroom(rows: list[Row], places: list[Place]) -> Figure | None:
             if names and select(mine, allocation="uniform"):
                 level = mean_robust(mine, "uniform")
                 gains = [100 * (mean_robust(mine, name) - level) for name in names]
-                columns.append((f"{title(place)}\n{TRAINED[steps]}", steps, gains))
-    if not columns:
+                lines.append((f"{title(place)}, {TRAINED[steps]}", steps, gains))
+    if not lines:
         return None
-    figure, axes = empty(1, width=2.2 + 1.9 * len(columns), height=3.8)
+    figure, axes = empty(1, width=7.5, height=1.2 + 0.34 * len(lines))
     panel = axes[0]
-    for number, (_, steps, gains) in enumerate(columns):
+    for number, (_, steps, gains) in enumerate(lines):
         style = STEPS.index(steps)
         # Spread by rank, so that equal ones do not hide each other.
-        spots = [number + 0.25 * (rank / max(1, len(gains) - 1) - 0.5) for rank in range(len(gains))]
-        panel.plot(spots, gains, MARKERS[style], color=COLOURS[style], markersize=5, markerfacecolor="none")
-    panel.set_xticks(range(len(columns)), [name for name, *_ in columns], fontsize=8)
-    panel.set_xlim(-0.5, len(columns) - 0.5)
-    zero(panel, "y")
-    panel.set_ylabel("PGD-20 accuracy minus uniform (points)")
+        spots = [number + 0.45 * (rank / max(1, len(gains) - 1) - 0.5) for rank in range(len(gains))]
+        panel.plot(gains, spots, MARKERS[style], color=COLOURS[style], markersize=5, markerfacecolor="none")
+    panel.set_yticks(range(len(lines)), [name for name, *_ in lines], fontsize=8)
+    panel.set_ylim(len(lines) - 0.5, -0.5)
+    zero(panel, "x")
+    panel.set_xlabel("PGD-20 accuracy minus uniform (points)")
     panel.set_title("16 random allocations of equal cost, 2,000 validation images", fontsize=10)
     return figure
 
