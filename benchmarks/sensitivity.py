@@ -41,6 +41,7 @@ from hf_mrpf.loader import batches
 from hf_mrpf.sensitivity import _mean_spearman
 
 GAMMA, STEPS, BATCH_SIZE = 0.1, 10, 128
+LARGE = ("resnet18", "mobilevit_xs")
 
 
 def passes_in(dtype: str) -> AttackConfig:
@@ -254,6 +255,9 @@ def main() -> None:
     parser.add_argument(
         "--ranks_only", action="store_true", help="No times; writes results/sensitivity_ranks_BASE.json."
     )
+    parser.add_argument(
+        "--network", choices=(*LARGE, "narrow"), help="Its times alone; writes sensitivity_NETWORK.json."
+    )
     parser.add_argument("--sample", type=int, default=5, help="Modules that the naive loop is timed on.")
     parser.add_argument("--dataset", default="digits", help="For the narrow network; as of recipes/prune.py.")
     parser.add_argument("--base", help="A network of study_networks.py that has been made, instead of training one.")
@@ -263,63 +267,60 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     rows: list[dict[str, Any]] = []
     curve: list[dict[str, Any]] = []
-    if not args.ranks_only:
-        for name in ("timm/resnet18", "timm/mobilevit_xs"):
-            rows += large(name, args, device)
+    for name in LARGE:
+        if not args.ranks_only and args.network in (None, name):
+            rows += large(f"timm/{name}", args, device)
+    if not args.ranks_only and args.network in (None, "resnet18"):
         curve = growth(device, args.rounds)
         print(curve, flush=True)
-    attack = AttackConfig(num_steps=10)
-    data = load_image_data(args.dataset, max_train_samples=10_000, max_eval_samples=2 * args.narrow_images)
-    narrow = base(args.base).to(device) if args.base else trained(data, attack, args.epochs, device)
-    narrow.requires_grad_(False)
-    images, labels = (part.to(device) for part in next(batches(data.test, 2 * args.narrow_images)))
-    half = len(images) // 2
-    adversarial = pgd_attack(narrow, images[:half], labels[:half], attack)
-    if not args.ranks_only:
+    more: dict[str, Any] = {"growth": curve}
+    if args.network not in LARGE:
+        narrow, images, labels = narrow_network(args, device)
+        half, attack = len(images) // 2, AttackConfig(num_steps=10)
+        adversarial = pgd_attack(narrow, images[:half], labels[:half], attack)
         name = args.base or "narrow, robust"
-        rows += compare(name, narrow, adversarial, labels[:half], args.sample, args.rounds, device)
-    found = agreement(narrow, images, labels, attack)
-    imprecise = in_bfloat16(narrow, adversarial, labels[:half])
+        if not args.ranks_only:
+            rows += compare(name, narrow, adversarial, labels[:half], args.sample, args.rounds, device)
+        if not args.network:
+            more |= {
+                "spearman": agreement(narrow, images, labels, attack),
+                "bfloat16": in_bfloat16(narrow, adversarial, labels[:half]),
+                "dataset": Path(args.dataset).name,
+                "narrow": {"network": name, "modules": len(scored(narrow)), "images": half},
+            }
+    show(rows, more)
+    what = f"sensitivity_ranks_{args.base or 'narrow'}" if args.ranks_only else "sensitivity"
+    report(f"sensitivity_{args.network}" if args.network else what, device, args.threads, rows, **more)
+
+
+def narrow_network(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, Tensor, Tensor]:
+    """A trained one, and test images for two sets."""
+    data = load_image_data(args.dataset, max_train_samples=10_000, max_eval_samples=2 * args.narrow_images)
+    narrow = base(args.base) if args.base else trained(data, AttackConfig(num_steps=10), args.epochs, device)
+    images, labels = next(batches(data.test, 2 * args.narrow_images))
+    return narrow.to(device).requires_grad_(False), images.to(device), labels.to(device)
+
+
+def show(rows: list[dict[str, Any]], more: dict[str, Any]) -> None:
+    """Prints the tables of what was measured."""
+    heads = ["network", "modules", "way", "images", "forwards", "backwards", "faster", "wall", "target"]
     shown = [
         [row["network"], row["modules"], row["way"], f"{row['images']} / {row['naive_images']}", row["forwards"],
          row["backwards"], row["faster"], row["wall"], row["target"],
          "-" if row["error"] is None else f"{row['error']:.1e}"]
         for row in rows
     ]  # fmt: skip
-    heads = [
-        "network",
-        "modules",
-        "way",
-        "images",
-        "forwards",
-        "backwards",
-        "faster",
-        "wall",
-        "target",
-        "largest error",
-    ]
     if rows:
-        print(table(heads, shown))
-        print(table(["images", "modules", "seconds"], [list(row.values()) for row in curve]))
+        print(table([*heads, "largest error"], shown))
+    if more["growth"]:
+        print(table(["images", "modules", "seconds"], [list(row.values()) for row in more["growth"]]))
+    if "spearman" not in more:
+        return
+    found, errors = more["spearman"], sorted(module["error"] for module in more["bfloat16"].values())
     print(f"Spearman of two sets under `exact`: {found['exact_between_two_sets']:.3f}; with `exact`, over sets:")
     ranks = [[row["way"], row["sets"], f"{row['mean']:.3f}", f"{row['least']:.3f}"] for row in found["to_exact"]]
     print(table(["way", "sets", "mean", "least"], ranks))
-    errors = sorted(module["error"] for module in imprecise.values())
     print(f"exact in bfloat16, relative error: median {median(errors):.4f}, largest {errors[-1]:.4f}")
-    more = {
-        "growth": curve,
-        "spearman": found,
-        "bfloat16": imprecise,
-        "dataset": Path(args.dataset).name,
-    }
-    more["narrow"] = {"network": args.base or "narrow, robust", "modules": len(imprecise), "images": half}
-    report(
-        f"sensitivity_ranks_{args.base or 'narrow'}" if args.ranks_only else "sensitivity",
-        device,
-        args.threads,
-        rows,
-        **more,
-    )
 
 
 if __name__ == "__main__":
