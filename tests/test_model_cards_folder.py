@@ -9,8 +9,9 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from hf_mrpf import PrunedForImageClassification
+from hf_mrpf import PrunedForImageClassification, RobustnessReport
 from hf_mrpf.model_card import CardInfo, render_card
+from hf_mrpf.report import paired_difference
 from hf_mrpf.results import markdown_table, table_cells
 
 FOLDER = Path(__file__).resolve().parent.parent / "model_cards"
@@ -68,3 +69,21 @@ def test_the_tables_of_the_readme_are_those_of_the_cards(mark, folder):
     if info.control:
         clean, attacked = (f"{100 * info.control.accuracies[name]:.1f} %" for name in ("clean", "pgd20"))
         assert f"{clean} clean, {attacked} under PGD-20" in block
+
+
+def test_the_control_from_scratch_is_told_as_it_was_measured():
+    folder = FOLDER / "digits-resnet"
+    info = CardInfo.from_dict(json.loads((folder / "card.json").read_text()))
+    tuned, scratch = (RobustnessReport.load(folder / f"{name}.json") for name in ("robustness_report", "from_scratch"))
+    assert {"clean": tuned.clean_accuracy, **tuned.attacks} == info.rows[-1].accuracies
+    told = " ".join((FOLDER.parent / "README.md").read_text().split())
+    accuracies = (scratch.clean_accuracy, scratch.attacks["fgsm"], scratch.attacks["pgd20"])
+    clean, fgsm, pgd = (f"{100 * value:.1f} %" for value in accuracies)
+    assert f"{clean} clean, {fgsm} under FGSM and {pgd} under PGD-20" in told
+    differences = []
+    for name in ("clean", "fgsm", "pgd20"):
+        found = paired_difference(tuned, scratch, name)
+        low, high = (f"{100 * value:+.1f}" for value in found.interval)
+        differences.append((f"{100 * found.difference:+.1f}", f"[{low}, {high}]"))
+    (clean, of_clean), (fgsm, of_fgsm), (pgd, of_pgd) = differences
+    assert f"{clean} points clean {of_clean}, {fgsm} under FGSM {of_fgsm} and {pgd} under PGD-20 {of_pgd}" in told
