@@ -171,7 +171,7 @@ def under_attack(model: nn.Module, images: Tensor) -> Iterator[None]:
     """
     Put `model` in the form that it has while it is attacked; afterwards it is as it was, also after an exception.
 
-    In eval mode, its parameters without gradients, BatchNorm folded into the convolutions before it.
+    In eval mode, its parameters without gradients, in the form that `folding.py` gives it.
     """
     with eval_mode(model), frozen(model), folded_batchnorm(model, images):
         yield
@@ -209,9 +209,9 @@ def pgd_attack(
     Search the ball around each image for the point that maximises the loss, by projected gradient steps.
 
     The model is attacked in eval mode with its parameters frozen; its modes, flags and `.grad` are left as they were.
-    BatchNorm is folded into convolutions meanwhile (`folding.py`), which changes logits by rounding alone.
-    The loss is summed over the batch, so an image's result does not depend on the others. Works under
-    `torch.no_grad()`.
+    BatchNorm is folded into convolutions meanwhile, and those of small maps are filtered (`folding.py`): logits change
+    by rounding alone. The loss is summed over the batch, so an image's result does not depend on the others. It works
+    under `torch.no_grad()` too.
 
     Args:
         model (`nn.Module`):

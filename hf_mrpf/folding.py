@@ -38,9 +38,9 @@ class Pair(NamedTuple):
 class _Known(NamedTuple):
     modules: list[nn.Module]
     pairs: list[Pair]
-    small_maps: dict[nn.Module, torch.Size]  # convolutions that fewer multiplications do, and the size of their maps
+    # By the shape of an image: convolutions that fewer multiplications do, and the size of their maps.
+    small_maps: dict[torch.Size, dict[nn.Module, torch.Size]]
     takes_channels_last: bool
-    shape: torch.Size  # of an image
     flags: dict[tuple[int, str], Any]
     unsteady: set[tuple[int, str]]  # flags that a pass changes
 
@@ -66,17 +66,17 @@ def folded_batchnorm(model: nn.Module, images: Tensor) -> Iterator[None]:
     Folds each BatchNorm into the convolution before it, and unfolds it again, also after an exception.
 
     `gamma * (W x + b - mean) / sqrt(var + eps) + beta` is one convolution. Which modules belong together is seen in a
-    pass of one image through a network of any class, once until it is changed: each of the two runs once, the norm is
-    the one operation that reads what the convolution writes, and nothing else reads the convolution's weights. These
-    also get the layout of `fast_layout`, and the dtype of an autocast that is on. Parameters and buffers are left as
-    they are. A compiled network is left alone.
+    pass of one image through a network of any class, once for each size of images until it is changed: each of the two
+    runs once, the norm is the one operation that reads what the convolution writes, and nothing else reads the weights
+    of the convolution, which may not change meanwhile. These also get the layout of `fast_layout`, and the dtype of an
+    autocast that is on. Parameters and buffers are left as they are. A compiled network is left alone.
 
     Args:
         model (`nn.Module`): in eval mode, without gradients of parameters.
         images (`Tensor` of shape `[N, 3, H, W]`): what will be run through it; the first is looked at.
     """
     known, layout = _known(model, images), fast_layout(model, images)
-    small_maps = {} if torch.is_autocast_enabled(images.device.type) else known.small_maps
+    small_maps = {} if torch.is_autocast_enabled(images.device.type) else known.small_maps[images.shape[1:]]
     with _folded(known.pairs, small_maps, len(images), {}), _converted(known.modules, images, layout):
         yield
 
@@ -93,7 +93,7 @@ def folded_except(
     """
     known, spared = _known(model, images), {id(weight) for weight in weights}
     pairs = [pair for pair in known.pairs if id(pair.convolution.weight) not in spared]
-    small_maps = {} if coarsely else known.small_maps
+    small_maps = {} if coarsely else known.small_maps[images.shape[1:]]
     small_maps = {one: size for one, size in small_maps.items() if id(one.weight) not in spared}
     with _folded(pairs, small_maps, len(images), made):
         yield
@@ -103,9 +103,11 @@ def _known(model: nn.Module, images: Tensor) -> _Known:
     """What a pass of one image shows of a network; of a compiled one there is nothing to be known."""
     modules = list(model.modules())
     if not len(images) or any(map(is_compiled, modules)):
-        return _Known([], [], {}, True, images.shape[1:], {}, set())
+        return _Known([], [], {images.shape[1:]: {}}, True, {}, set())
     known, flags, everything, modules = _KNOWN.get(model), _flags(modules), modules, modules[1:]
-    if known is not None and known.shape == images.shape[1:] and _is_unchanged(known, modules, flags):
+    unchanged = known is not None and _is_unchanged(known, modules, flags)
+    sizes = known.small_maps if known is not None and unchanged else {}
+    if known is not None and images.shape[1:] in sizes:
         return known
     image, takes = images[:1], True
     try:
@@ -123,7 +125,7 @@ def _known(model: nn.Module, images: Tensor) -> _Known:
     unsteady = {key for key in flags.keys() | after.keys() if flags.get(key) != after.get(key)}
     unsteady |= known.unsteady if known is not None else set()
     steady = {key: value for key, value in flags.items() if key not in unsteady}
-    _KNOWN[model] = _Known(modules, pairs, small_maps, takes, images.shape[1:], steady, unsteady)
+    _KNOWN[model] = _Known(modules, pairs, sizes | {images.shape[1:]: small_maps}, takes, steady, unsteady)
     return _KNOWN[model]
 
 
@@ -200,6 +202,10 @@ def _watched(modules: Sequence[nn.Module]) -> Iterator[tuple[list[Pair], dict[nn
     finally:
         for hook in hooks:
             hook.remove()
+    # One that runs with weights of others, or twice, is left as it is.
+    for module in list(small_maps):
+        if runs[module] > 1 or any(reads.count[id(parameter)] != 1 for parameter in module.parameters()):
+            del small_maps[module]
     for norm, tensor in read:
         convolution, _ = reads.written.get(id(tensor), (None, None))
         # An operation that changes it in place reads it too.
@@ -253,8 +259,11 @@ def _folded(
     # A GPU's library knows of fewer multiplications by itself.
     filtered: dict[Any, torch.Size] = {
         convolution: size
-        for convolution, size in small_maps.items()
-        if count >= LEAST_MAPS and _is_plain(convolution) and cast(Tensor, convolution.weight).device.type == "cpu"
+        for convolution, size in cast(Mapping[Any, torch.Size], small_maps).items()
+        if count >= LEAST_MAPS
+        and _is_plain(convolution)
+        and convolution.weight.device.type == "cpu"
+        and suits(convolution, size)
     }
     kept = [(convolution, convolution.weight, convolution.bias) for convolution in norms]
     try:
@@ -291,11 +300,13 @@ def _fused(convolution: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor,
 def _by_filtering(
     convolution: nn.Conv2d, norm: nn.BatchNorm2d | None, size: torch.Size, count: int
 ) -> Callable[[Tensor], Tensor]:
-    dtype, shape = convolution.weight.dtype, (convolution.in_channels, *size)
+    weight, shape = convolution.weight, (convolution.weight.shape[1], *size)
     convolve = minimal_filtering(*_fused(convolution, norm), size, count)
 
     def forward(input: Tensor) -> Tensor:
-        if input.dtype == dtype and input.shape[1:] == shape and not torch.is_autocast_enabled("cpu"):
+        # As another weight may be put into its place for a call.
+        expected = convolution.weight is weight and input.dtype == weight.dtype and input.shape[1:] == shape
+        if expected and len(input) and not torch.is_autocast_enabled("cpu"):
             return convolve(input)
         # What is fused is not held as well: maps of another size than in the pass that was watched are rare.
         return F.conv2d(input, *_fused(convolution, norm), padding=1)

@@ -9,11 +9,11 @@ from hf_mrpf import AttackConfig, module_robustness_sensitivity, pgd_attack
 from hf_mrpf.attacks import under_attack
 from hf_mrpf.folding import folded_batchnorm, folded_except
 from hf_mrpf.modes import frozen
-from hf_mrpf.winograd import MANY_MAPS, minimal_filtering, suits
+from hf_mrpf.winograd import MANY_MAPS, _filtering, minimal_filtering, suits
 
 torch.set_num_threads(1)
-IMAGES = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-LABELS = torch.arange(4) % 5
+IMAGES = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(8) % 5
 FEW_STEPS = AttackConfig(num_steps=3)
 
 
@@ -98,7 +98,7 @@ def test_small_maps_are_filtered_during_an_attack_and_the_images_found_are_the_s
     with under_attack(net, images):
         assert filtered(net) == [2, 6]  # the one before has three channels
     assert not filtered(net)
-    with under_attack(net, images[:3]):
+    with under_attack(net, images[:7]):
         assert not filtered(net)  # too few for it to pay
     with pytest.raises(KeyboardInterrupt), under_attack(net, images):
         raise KeyboardInterrupt
@@ -108,7 +108,7 @@ def test_small_maps_are_filtered_during_an_attack_and_the_images_found_are_the_s
 def test_maps_of_another_size_or_dtype_and_an_autocast_are_convolved_directly():
     net = network()
     with torch.no_grad(), frozen(net):
-        others = torch.rand(2, 3, 6, 12), IMAGES
+        others = torch.rand(2, 3, 6, 12), IMAGES, IMAGES[:0]
         expected = [net(other) for other in others]
         with torch.autocast("cpu", dtype=torch.bfloat16):
             half = net(IMAGES)
@@ -118,12 +118,12 @@ def test_maps_of_another_size_or_dtype_and_an_autocast_are_convolved_directly():
                 assert torch.allclose(net(other), logits, rtol=1e-4, atol=1e-6)
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 assert torch.allclose(net(IMAGES), half, rtol=0.02, atol=0.002)
-            with pytest.raises(RuntimeError, match="type"):
-                net(IMAGES.double())
+            with pytest.raises(RuntimeError, match="bias type"):
+                net[2:](torch.rand(8, 192, 8, 8).double())
         with torch.autocast("cpu", dtype=torch.bfloat16), folded_batchnorm(net, IMAGES):
             assert not filtered(net)
         # Another size of images: what is small is seen anew.
-        with folded_batchnorm(net, torch.rand(4, 3, 16, 16)):
+        with folded_batchnorm(net, torch.rand(8, 3, 16, 16)):
             assert filtered(net) == [6]
 
 
@@ -177,3 +177,100 @@ def test_matrices_that_were_first_needed_in_inference_mode_serve_gradients_too()
     maps = torch.rand(1, 2, 3, 7, requires_grad=True)
     minimal_filtering(weight, None, size, 1)(maps).sum().backward()
     assert maps.grad.abs().sum() > 0
+
+
+class PreActivated(nn.Module):
+    """Adds in place to what a convolution without bias returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(a, 192, 3, padding=1, bias=False) for a in (3, 192))
+        self.head = nn.Linear(192, 5)
+
+    def forward(self, images):
+        start = self.first(images)
+        out = self.second(start.relu())
+        out += start
+        return self.head(out.relu_().mean((2, 3)))
+
+
+def test_what_a_convolution_returns_may_be_changed_in_place():
+    torch.manual_seed(0)
+    net = PreActivated().eval()
+    found = pgd_attack(net, IMAGES, LABELS, FEW_STEPS, start=IMAGES)
+    scores = module_robustness_sensitivity(net, [(IMAGES, LABELS)], FEW_STEPS)
+    assert found.shape == IMAGES.shape and all(score > 0 for score in scores.values())
+
+
+def test_weights_that_others_put_into_a_place_are_the_ones_that_count():
+    class Shadowed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network()
+
+        def forward(self, images):
+            weights = {name: 1.5 * value for name, value in self.net.named_parameters()}
+            return torch.func.functional_call(self.net, weights, (images,))
+
+    net = Shadowed().eval()
+    with torch.no_grad(), frozen(net):
+        expected = net(IMAGES)
+        with folded_batchnorm(net, IMAGES):
+            assert torch.allclose(net(IMAGES), expected, rtol=1e-4, atol=1e-5)
+    plain = network()
+    other = {"6.weight": torch.randn(192, 200, 3, 3) / 40}
+    with torch.no_grad(), frozen(plain):
+        expected = torch.func.functional_call(plain, other, (IMAGES,))
+        with folded_batchnorm(plain, IMAGES):
+            assert filtered(plain) == [2, 6]
+            assert torch.allclose(torch.func.functional_call(plain, other, (IMAGES,)), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [{"stride": (2, 2)}, {"padding": (0, 0)}, {"dilation": (2, 2), "padding": (2, 2)}])
+def test_a_convolution_that_was_changed_since_is_left_as_it_is(change):
+    net = network()
+    with frozen(net), folded_batchnorm(net, IMAGES):
+        assert filtered(net) == [2, 6]
+    for name, value in change.items():
+        setattr(net[2], name, value)
+    with torch.no_grad(), frozen(net):
+        expected = net(IMAGES)
+        with folded_batchnorm(net, IMAGES):
+            assert 2 not in filtered(net)
+            assert torch.allclose(net(IMAGES), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_transforms_of_functions_and_channels_last_go_through():
+    net = network()
+    with torch.no_grad(), frozen(net):
+        expected = net(IMAGES)
+        with folded_batchnorm(net, IMAGES):
+            mapped = torch.vmap(lambda group: net(group))(IMAGES[None])[0]
+            assert torch.allclose(mapped, expected, rtol=1e-4, atol=1e-6)
+            maps = torch.rand(8, 192, 8, 8).contiguous(memory_format=torch.channels_last)
+            assert net[2](maps).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_default_device_is_no_matter_of_the_matrices():
+    _filtering.cache_clear()
+    weight = torch.rand(3, 2, 3, 3)
+    with torch.device("meta"):
+        convolve = minimal_filtering(weight, None, torch.Size((3, 7)), 1)
+    assert convolve(torch.rand(1, 2, 3, 7)).device.type == "cpu"
+    _filtering.cache_clear()
+
+
+@pytest.mark.parametrize(("dtype", "kernels"), [("float32", 2), ("bfloat16", 0)])
+def test_kernels_are_made_once_for_all_targets_and_not_for_half_precision(dtype, kernels, monkeypatch):
+    made = []
+
+    def counted(*given):
+        made.append(given)
+        return minimal_filtering(*given)
+
+    net = network()
+    with under_attack(net, IMAGES):
+        assert filtered(net) == [2, 6]
+    monkeypatch.setattr("hf_mrpf.folding.minimal_filtering", counted)
+    module_robustness_sensitivity(net, [(IMAGES, LABELS)], AttackConfig(eps=0, dtype=dtype), num_steps=1)
+    assert len(made) == kernels and all(count == 8 for *_, count in made)
