@@ -9,7 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -39,7 +39,7 @@ class _Known(NamedTuple):
     modules: list[nn.Module]
     pairs: list[Pair]
     # By the shape of an image: convolutions that fewer multiplications do, and the size of their maps.
-    small_maps: dict[torch.Size, dict[nn.Module, torch.Size]]
+    small_maps: dict[torch.Size, dict[nn.Conv2d, torch.Size]]
     takes_channels_last: bool
     flags: dict[tuple[int, str], Any]
     unsteady: set[tuple[int, str]]  # flags that a pass changes
@@ -145,7 +145,7 @@ def _flags(modules: Iterable[nn.Module]) -> dict[tuple[int, str], Any]:
     }
 
 
-def _seen(model: nn.Module, modules: list[nn.Module], image: Tensor) -> tuple[list[Pair], dict[nn.Module, torch.Size]]:
+def _seen(model: nn.Module, modules: list[nn.Module], image: Tensor) -> tuple[list[Pair], dict[nn.Conv2d, torch.Size]]:
     """Pairs, and convolutions of small maps with the size of these."""
     # Apart from the work itself, which is then the same bit for bit in a process that knows and in one that does not;
     # by its forward, since what hooks into the model is there to see that work.
@@ -171,10 +171,10 @@ class _Reads(TorchDispatchMode):
 
 
 @contextmanager
-def _watched(modules: Sequence[nn.Module]) -> Iterator[tuple[list[Pair], dict[nn.Module, torch.Size]]]:
+def _watched(modules: Sequence[nn.Module]) -> Iterator[tuple[list[Pair], dict[nn.Conv2d, torch.Size]]]:
     """The pairs among the modules and the convolutions of small maps, once a pass has been made."""
     pairs: list[Pair] = []
-    small_maps: dict[nn.Module, torch.Size] = {}
+    small_maps: dict[nn.Conv2d, torch.Size] = {}
     read: list[tuple[Any, Tensor]] = []
     runs: Counter[nn.Module] = Counter()
     reads = _Reads()
@@ -253,13 +253,13 @@ def _is_ordinary(convolution: nn.Module) -> bool:
 
 @contextmanager
 def _folded(
-    pairs: Iterable[Pair], small_maps: Mapping[nn.Module, torch.Size], count: int, made: dict[nn.Module, Any]
+    pairs: Iterable[Pair], small_maps: Mapping[nn.Conv2d, torch.Size], count: int, made: dict[nn.Module, Any]
 ) -> Iterator[None]:
     norms = {pair.convolution: pair.norm for pair in pairs if _is_plain(pair.convolution) and _is_fixed(pair.norm)}
     # A GPU's library knows of fewer multiplications by itself.
-    filtered: dict[Any, torch.Size] = {
+    filtered = {
         convolution: size
-        for convolution, size in cast(Mapping[Any, torch.Size], small_maps).items()
+        for convolution, size in small_maps.items()
         if count >= LEAST_MAPS
         and _is_plain(convolution)
         and convolution.weight.device.type == "cpu"

@@ -118,6 +118,8 @@ def test_maps_of_another_size_or_dtype_and_an_autocast_are_convolved_directly():
                 assert torch.allclose(net(other), logits, rtol=1e-4, atol=1e-6)
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 assert torch.allclose(net(IMAGES), half, rtol=0.02, atol=0.002)
+                maps = torch.rand(8, 200, 4, 4)
+                assert torch.equal(net[6](maps), F.conv2d(maps, net[6].weight, net[6].bias, padding=1))
             with pytest.raises(RuntimeError, match="bias type"):
                 net[2:](torch.rand(8, 192, 8, 8).double())
         with torch.autocast("cpu", dtype=torch.bfloat16), folded_batchnorm(net, IMAGES):
