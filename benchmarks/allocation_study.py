@@ -24,7 +24,9 @@ allocation_study.jsonl, written as it ends; a call does what is missing, in this
 - equal_macs: `uniform` at the multiply-accumulates that `damage` keeps there, 18 % where `uniform` keeps 13 %; named
   when the confirmation was known.
 
-The first three are on 2,000 validation images. Networks are those of study_networks.py.
+The first three are on 2,000 validation images. Networks are those of study_networks.py. Of two budgets of time, half of
+the dense network's for 64 images in eager PyTorch, plans are measured once, on a machine with nothing else to do, and
+stand in their first rows.
 """
 
 import argparse
@@ -61,11 +63,13 @@ from hf_mrpf import (
 from hf_mrpf.data import calibration_batches
 from hf_mrpf.efficiency import latency_rounds
 from hf_mrpf.fingerprint import weights_sha256
+from hf_mrpf.measured_allocation import MEASURED
 from hf_mrpf.units import cut, trace_units
 
 ROWS = RESULTS / "allocation_study.jsonl"
 SETS, SET_SIZE, RECALIBRATION = 4, 128, 1024
 ATTACK = AttackConfig(eps=EPS, num_steps=10)
+LATENCY_BATCH_SIZE = 64
 RANDOM_ALLOCATIONS, SEEDS, FRESH_SEEDS, PRIMARY_SEEDS = 16, (0, 1, 2), (10, 11, 12), tuple(range(8))
 RULES = (
     *("mrs", "mrs joint", "mrs per MAC", "mrs per parameter", "mrs per millisecond", "anti_mrs", "shuffled_mrs"),
@@ -92,6 +96,8 @@ PLACES = (
     ("mobilenet", "macs", 0.125),
     ("mobilenet_longer", "macs", 0.3),
     ("mobilevit", "macs", 0.3),
+    ("narrow_vgg", "latency", 0.5),
+    ("mobilenet", "latency", 0.5),
 )
 Cell = dict[str, Any]
 
@@ -126,7 +132,8 @@ def rule_cells(place: tuple[str, str, float]) -> Iterator[Cell]:
     for steps in (0, 20):
         for seed in SEEDS if steps else (0,):
             for allocation in RULES:
-                yield cell("rules", *place, allocation, steps, seed)
+                if place[1] != "latency" or allocation not in MEASURED:
+                    yield cell("rules", *place, allocation, steps, seed)
 
 
 def recovery_cells(place: tuple[str, str, float]) -> Iterator[Cell]:
@@ -182,8 +189,14 @@ def known_scores(network: str, allocation: str, calibration: int) -> dict[str, f
     return next((row["scores"] for row in select(known_rows(), **wanted)), None)
 
 
+def known_plan(wanted: Cell) -> tuple[PruningPlan, float] | None:
+    """The plan that was measured for a budget of time, and the seconds that it took."""
+    found = next((row for row in select(known_rows(), **wanted) if "plan" in row), None)
+    return found and (PruningPlan.from_dict(found["plan"]), found["planning_seconds"])
+
+
 def planning_options(
-    network: str, allocation: str, calibration: int, model: nn.Module, batches: list[tuple[Tensor, Tensor]]
+    network: str, metric: str, allocation: str, calibration: int, model: nn.Module, batches: list[tuple[Tensor, Tensor]]
 ) -> dict[str, Any]:
     """What an allocation of the study asks of `plan_pruning`."""
     example = batches[0][0][:1]
@@ -195,7 +208,9 @@ def planning_options(
         return {"allocation": "mrs", "combine": "joint"}
     if allocation.startswith("mrs per "):
         price = allocation.removeprefix("mrs per ")
-        if price == "millisecond" and (known := known_scores(network, allocation, calibration)):
+        # A budget of time has prices and sizes of one machine.
+        known = known_scores(network, allocation, calibration) if metric != "latency" else None
+        if price == "millisecond" and known:
             return {"scores": known}
         prices = prices_of(model, batches[0][0], price)
         scores = unit_sensitivity(module_robustness_sensitivity(model, batches, ATTACK), pruning_units(model, example))
@@ -223,12 +238,15 @@ def planned(
     network: str, metric: str, target: float, allocation: str, importance: str, calibration: int, train: Dataset
 ) -> tuple[PruningPlan, float]:
     """The plan of a cell, which all its seeds and steps share, and the seconds that it took."""
+    wanted = {"network": network, "metric": metric, "target": target, "allocation": allocation}
+    if found := known_plan(wanted | {"importance": importance, "calibration": calibration}):
+        return found
     start, dense = time.perf_counter(), base(network)
     batches = calibration_batches(train, SETS, SET_SIZE, seed=calibration)
-    options = planning_options(network, allocation, calibration, dense, batches)
+    options = planning_options(network, metric, allocation, calibration, dense, batches)
     plan = plan_pruning(
         dense, batches[0][0][:1], target=target, target_metric=metric, importance=importance, batches=batches,
-        attack=ATTACK, seed=calibration, max_ratio=0.95, **options,
+        attack=ATTACK, seed=calibration, max_ratio=0.95, latency_batch_size=LATENCY_BATCH_SIZE, **options,
     )  # fmt: skip
     return plan, time.perf_counter() - start
 
@@ -250,7 +268,10 @@ def run(one: Cell, train: Dataset, images: Dataset) -> Cell:
         model = trained(model, train, teacher, learning_rate=0.02, **settings)
     found = evaluate_robustness(model, images, ["clean", "pgd20"], AttackConfig(eps=EPS, num_steps=20), batch_size=250)
     bits = "".join("01"[bit] for bit in found.verdicts["pgd20"])
-    return one | {
+    timed = {"latency": plan.achieved["latency"]} if one["metric"] == "latency" else {}
+    if timed and not known_plan({key: one[key] for key in plan_keys}):
+        timed["plan"] = plan.to_dict()
+    return one | timed | {
         "macs": plan.achieved["macs"], "params": plan.achieved["params"],
         "scores": plan.scores if one["allocation"] == "mrs per millisecond" else None,
         "ratios": {name: round(ratio, 3) for name, ratio in plan.ratios.items()},

@@ -26,7 +26,7 @@ from hf_mrpf.sweep_figures import COLOURS, MARKERS, STROKES
 
 STEPS = (0, 20)
 TRAINED = {0: "no training", 20: "20 steps"}
-METRICS = {"macs": "MACs", "params": "parameters"}
+METRICS = {"macs": "MACs", "params": "parameters", "latency": "latency"}
 
 
 def title(place: Place) -> str:

@@ -73,7 +73,7 @@ def standard_error(rows: list[Row], reference: list[Row]) -> float:
 
 
 def kept(rows: list[Row], metric: str) -> float:
-    """Percent of the dense network's MACs or parameters that are left, the mean over rows."""
+    """Percent of the dense network's MACs, parameters or time that are left, the mean over rows."""
     return fmean(100 * row[metric] for row in rows)
 
 
@@ -144,7 +144,8 @@ def rule_rows(rows: list[Row], place: Place) -> list[list[Any]]:
         if any(value is not None for value in line[1:]):
             own = select(mine, allocation=name)
             seconds = fmean(row["planning_seconds"] for row in own)
-            lines.append([*line, len(gained), kept(own, "macs"), kept(own, "params"), seconds])
+            sizes = [kept(own, what) for what in ("macs", "params", *(["latency"] if place[1] == "latency" else []))]
+            lines.append([*line, len(gained), *sizes, seconds])
     return sorted(lines, key=lambda line: -(line[1] or 0))
 
 
@@ -202,8 +203,8 @@ def print_tables(rows: list[Row]) -> None:
             heads = ["steps", "allocations", "seeds", "uniform", "random, mean", "SD between", "SD of seeds"]
             print(table([*heads, "SD beyond seeds", "best - uniform", "fresh seeds"], lines))
         if lines := rule_rows(rows, place):
-            heads = ["rule", "0 steps", "SE", "20 steps", "SE", "seeds at 20", "MACs %", "parameters %", "planning s"]
-            print(table(heads, lines))
+            heads = ["rule", "0 steps", "SE", "20 steps", "SE", "seeds at 20", "MACs %", "parameters %"]
+            print(table([*heads, *(["time %"] if place[1] == "latency" else []), "planning s"], lines))
         if lines := recovery_rows(rows, place):
             print(table(["steps", *WAYS], lines))
     equal = select(rows, phase="equal_macs")
