@@ -125,6 +125,35 @@ def test_a_network_that_leaves_values_aside_is_passed_through_whole(in_a_list, m
     assert dict(found) == pytest.approx(dict(whole), rel=1e-6)
 
 
+class Accumulates(nn.Module):
+    """Its stem resets a sum that goes on from call to call of what follows."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 5)
+        self.stem = nn.Sequential()
+        self.stem.forward = self.reset
+
+    def reset(self, pixels):
+        self.total = 0
+        return self.first(pixels)
+
+    def forward(self, pixels):
+        x = self.second(self.stem(pixels))
+        self.total = self.total + x.mean((2, 3))
+        return self.third(self.total)
+
+
+def test_a_sum_that_a_kept_module_resets_is_seen_by_the_second_pass(monkeypatch, caplog):
+    net, batches = Accumulates().eval(), calibration()
+    with caplog.at_level("INFO", "hf_mrpf"):
+        found = module_robustness_sensitivity(net, batches, ATTACK, batch_size=8)
+    assert "gives other logits" in caplog.text
+    monkeypatch.setattr("hf_mrpf.prefix.Prefix.stop_before", lambda *_: None)
+    whole = module_robustness_sensitivity(net, batches, ATTACK, batch_size=8)
+    assert dict(found) == pytest.approx(dict(whole), rel=1e-6)
+
+
 def naive_mrs(net, images, labels, weight, gamma, steps):
     """The definition, one module at a time: projected ascent in ten lines."""
     theta, radius = weight.detach().clone(), gamma * weight.norm().item()
