@@ -48,7 +48,7 @@ def damage(
     `MEASURED` (see `measured_allocation.py`); at least two calibration sets are needed.
 
     Raises:
-        ValueError: If there is one calibration set only.
+        ValueError: If there is one calibration set only, or fewer than two images in all but the last.
     """
     if len(batches) < 2:
         raise ValueError(
@@ -56,6 +56,11 @@ def damage(
             "or more in batches (calibration_sets of a trainer)."
         )
     *measured_on, last = batches
+    if sum(len(labels) for _, labels in measured_on) < 2:
+        raise ValueError(
+            "allocation 'damage' needs the spread over images, and all calibration sets but the last hold fewer than "
+            "two: give larger ones in batches (calibration_set_size of a trainer)."
+        )
     short = replace(attack, num_steps=ATTACK_STEPS, step_size=None)
     widths = _uniform(copies, options, target)
     current = None

@@ -89,7 +89,8 @@ def measure_latency(
             f"got rounds={rounds}, batch_size={batch_size}, warmup={warmup}"
         )
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    images = torch.rand(batch_size, 3, height, width, generator=torch.Generator().manual_seed(0), device="cpu")
+    noise = torch.Generator().manual_seed(0)
+    images = torch.rand(batch_size, 3, height, width, generator=noise, device="cpu", dtype=torch.float32)
     timed = latency_rounds(models, images, rounds=rounds, warmup=warmup)
     return {name: statistics.median(passes) for name, passes in timed.items()}
 

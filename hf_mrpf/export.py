@@ -92,7 +92,7 @@ def export_model(
     network = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     size = model.config.image_size
     noise = torch.Generator().manual_seed(0)
-    images = torch.rand(max(CHECKED_BATCHES), 3, size, size, generator=noise, device="cpu")
+    images = torch.rand(max(CHECKED_BATCHES), 3, size, size, generator=noise, device="cpu", dtype=torch.float32)
     metadata = {"id2label": json.dumps(model.config.id2label), "image_size": str(size)}
     program = _export(network, images[:_TRACED_BATCH])
     written = []
@@ -225,7 +225,7 @@ def _largest_difference(exported: Callable[[Tensor], Tensor], model: nn.Module, 
     """Largest absolute difference over the checked batches; a ValueError where it is more than an export may have."""
     differences = []
     for batch in CHECKED_BATCHES:
-        expected, found = model(images[:batch]).logits, exported(images[:batch])
+        expected, found = model(images[:batch], return_dict=True).logits, exported(images[:batch])
         if found.shape != expected.shape:
             raise ValueError(
                 f"{path.name} gives logits of shape {tuple(found.shape)}, the model {tuple(expected.shape)}: the file "

@@ -21,10 +21,12 @@ from .plan import PruningPlan
 from .pruning import dense_size
 from .report import RobustnessReport, package_versions
 from .results import ResultRow
-from .rounds import round_rows, share_left, shares_left
+from .rounds import overall_target, round_rows, shares_left
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 NEEDED = ("config.json", "preprocessor_config.json", "modeling.py")
+# What a card says of the weights that it came with, measured or not: of others it would be wrong.
+TOLD = ("\n## How it was pruned\n", "\n## How it was trained\n", "\n## How it was fine-tuned\n")
 RECORD = ("pruning_plan.json", "robustness_report.json", "mrs.png", "README.md")
 # fmt: off
 # Of a training that is on a card, besides how long it was.
@@ -252,7 +254,7 @@ def write_record(
         "dataset_id": (report.data_name or "images of the user") if report else None,
         "dataset_split": split,
         "rows": [row] if row else [],
-        "plan": PlanSummary.from_plan(shown_plan(plans), rounds=len(plans)) if plans else None,
+        "plan": plan_summary(plans) if plans else None,
         "rounds": round_rows(plans) if len(plans) > 1 else [],
         "pruning_steps": pruning_steps,
         "selection": selection,
@@ -293,14 +295,21 @@ def shown_plan(plans: Sequence[PruningPlan]) -> PruningPlan:
     if whole := whole_plan(plans):
         return whole
     first, last = plans[0], plans[-1]
+    target, metric = overall_target(plans)
     return replace(
         last,
-        target=last.target * share_left(plans[:-1], last.target_metric),
+        target=target,
+        target_metric=metric,
         before=first.before,
         achieved=shares_left(plans),
         dense_size=first.dense_size,
         latency=None,
     )
+
+
+def plan_summary(plans: Sequence[PruningPlan]) -> PlanSummary:
+    """What a card says of [`shown_plan`]."""
+    return PlanSummary.from_plan(shown_plan(plans), rounds=len(plans), of_last_round=whole_plan(plans) is None)
 
 
 def whole_plan(plans: Sequence[PruningPlan]) -> PruningPlan | None:
@@ -339,7 +348,8 @@ def _card_there(repo_id: str, revision: str | None, token: str | None) -> ModelC
         if not api.file_exists(repo_id, "README.md", revision=revision):
             return None
         card = ModelCard(Path(api.hf_hub_download(repo_id, "README.md", revision=revision)).read_text("utf-8"))
-    return None if getattr(card.data, "eval_results", None) else card
+    told = getattr(card.data, "eval_results", None) or any(heading in card.text for heading in TOLD)
+    return None if told else card
 
 
 def _commit(

@@ -264,14 +264,15 @@ def _not_met(
     timing: Timing, target: float, candidates: Candidates, widths: Widths, smallest: bool, record: Mapping[str, Any]
 ) -> str:
     low, high = timing.quartiles
-    limits = advice = ""
+    limits, advice = "", f"Give target {timing.fraction:.2g}, another latency_batch_size, or a smaller round_to."
     if smallest:
         limits = ", the fewest that max_ratio, min_channels, round_to and ignore allow"
-        advice = " Raise target, or latency_batch_size: at small batches latency hardly falls with size."
+    if smallest and timing.fraction > target:
+        advice = "Raise target, or latency_batch_size: at small batches latency hardly falls with size."
     return (
         f"target {target:g} of the latency cannot be met within {TOLERANCE:.0%}: the nearest plan takes "
         f"{timing.fraction:.3f} of the dense model's time ({timing.milliseconds['pruned']:.3g} of "
         f"{timing.milliseconds['dense']:.3g} ms; half of the rounds between {low:.3f} and {high:.3f}) with "
         f"{candidates.share(widths):.1%} of its {METRIC_TITLES[candidates.metric]}{limits}, at batch "
-        f"{record['batch_size']} on {record['device']}.{advice}"
+        f"{record['batch_size']} on {record['device']}. {advice}"
     )

@@ -46,6 +46,9 @@ class PlanSummary:
         rounds (`int`, *optional*, defaults to `1`):
             How many times the model was pruned; units and scores are then those of the first round, all else is of all
             rounds together.
+        of_last_round (`bool`, *optional*, defaults to `False`):
+            Whether units, scores and what was removed are those of the last round, as there is no single plan that does
+            the same as all.
         of_dense (`dict[str, float]`, *optional*):
             Where the model had been pruned before: fraction of the dense network kept in all, by metric.
         latency (`dict`, *optional*):
@@ -61,11 +64,12 @@ class PlanSummary:
     gamma: float | None = None
     spearman: float | None = None
     rounds: int = 1
+    of_last_round: bool = False
     of_dense: dict[str, float] | None = None
     latency: dict[str, Any] | None = None
 
     @classmethod
-    def from_plan(cls, plan: Any, *, rounds: int = 1) -> Self:
+    def from_plan(cls, plan: Any, *, rounds: int = 1, of_last_round: bool = False) -> Self:
         """Take what the card needs of a `PruningPlan`; of several `rounds`, of the one plan that does the same."""
         sensitivity = plan.sensitivity or {}
         units = [
@@ -87,6 +91,7 @@ class PlanSummary:
             gamma=sensitivity.get("settings", {}).get("gamma"),
             spearman=sensitivity.get("spearman"),
             rounds=rounds,
+            of_last_round=of_last_round,
             of_dense=plan.dense_size and {name: plan.after[name] / size for name, size in plan.dense_size.items()},
             latency=plan.latency,
         )
@@ -224,6 +229,7 @@ def render_card(info: CardInfo) -> ModelCard:
         figures=_figures_text,
         units=markdown_table(_unit_cells(info.plan)) if info.plan else "",
         rounds=markdown_table(round_cells(info.rounds)) if info.rounds else "",
+        rounds_measured=any(row["figures"] for row in info.rounds),
         steps_images=_images_text(info.pruning_steps),
         steps=markdown_table(_step_cells(info.pruning_steps)),
         selection=markdown_table(_step_cells(info.selection)),

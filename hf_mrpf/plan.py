@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .plan_fields import FIELD_TYPES, is_int
-from .rounds import compose_kept, share_left, shares_left
+from .rounds import compose_kept, overall_target, shares_left
 from .units import PruningUnit, UnitGraph, trace_units
 
 FORMAT_VERSION = 1
@@ -167,11 +167,9 @@ class PruningPlan:
                         f"{source}: round {number} starts from {unit.width} channels of unit {unit.name!r}, and the "
                         f"round before it left {left}, so no single plan leaves the same."
                     )
-        # What the last round aimed at is a fraction of what it started from; here it is one of the first model.
-        metric = last.target_metric
         try:
             kept = compose_kept([plan.kept for plan in plans])
-            target = last.target * share_left(plans[:-1], metric)
+            target, metric = overall_target(plans)
             achieved = shares_left(plans)
         except (ValueError, KeyError, ZeroDivisionError) as error:
             raise ValueError(f"{source}: the rounds do not go together ({error}).") from error

@@ -164,6 +164,14 @@ def plan_pruning(
 
     if target_metric != "latency":
         check_reachable(graph, options_at(1 if round_to == "auto" else int(round_to)), target, metric)
+    elif not free:
+        raise ValueError(
+            f"target {target:g} of the latency cannot be met: no unit is left that may be pruned. Ignore fewer units."
+        )
+    processes = Processes.of(distributed)
+    # Before the sensitivities, which take longest. Nothing is attacked unless the importance reads it.
+    attacked = _attacked(model, calibration, importance, seed, processes)
+    importances = score_channels(model, graph.groups, attacked, seed, processes)
 
     module_scores: dict[str, float] = {}
     unit_scores: dict[str, float] = {}
@@ -177,10 +185,6 @@ def plan_pruning(
         )
     if scores is not None:
         module_scores, unit_scores = scores_by_unit(model, graph, scores, combine)
-    processes = Processes.of(distributed)
-    # Nothing is attacked unless the importance reads it.
-    attacked = _attacked(model, calibration, importance, seed, processes)
-    importances = score_channels(model, graph.groups, attacked, seed, processes)
 
     order = {unit.name: unit_scores.get(unit.name, 0.0) for unit in free}
     given_scores: Mapping[str, Any] = order

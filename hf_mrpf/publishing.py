@@ -135,7 +135,7 @@ class PublishingTrainer(Trainer):
                 As in `Trainer`.
             report ([`RobustnessReport`], *optional*):
                 What the card says of the model, measured on the test split. Without one, clean accuracy and PGD-20 are
-                measured on the validation split.
+                measured on the validation split, the first of several.
 
         Raises:
             ValueError: where the model is no [`PrunedForImageClassification`].
@@ -188,10 +188,12 @@ class PublishingTrainer(Trainer):
     def _write_record(self, model: PrunedForImageClassification, report: RobustnessReport | None) -> None:
         settings = self.args.to_dict() | {"processes": self.args.world_size, "horizontal_flip": self.horizontal_flip}
         split = "test"
-        if report is None and isinstance(self.eval_dataset, Dataset):
+        images: Any = self.eval_dataset
+        images = next(iter(images.values()), None) if isinstance(images, dict) else images
+        if report is None and isinstance(images, Dataset):
             batch_size, split = self.args.per_device_eval_batch_size, "validation"
             report = evaluate_robustness(
-                model, self.eval_dataset, attack=self.args.eval_attack, seed=self.args.seed, batch_size=batch_size
+                model, images, attack=self.args.eval_attack, seed=self.args.seed, batch_size=batch_size
             )
         write_record(
             Path(str(self.args.output_dir)),

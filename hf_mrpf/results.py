@@ -126,7 +126,7 @@ def table_cells(rows: Sequence[ResultRow], *, intervals: bool = True) -> list[li
             "The rows were measured in different ways (images, norm, eps, seed or steps): no common table."
         )
     first = rows[0]
-    batches = list(first.latency)
+    batches = list(dict.fromkeys(batch for row in rows for batch in row.latency))
     attacks = [name for name in first.accuracies if name != "clean"]
     titles = [attack_title(name, first.settings.get(name)) for name in attacks]
     heading = ["model", "clean", *titles, "parameters", "MACs"]
@@ -176,7 +176,7 @@ def _share(value: int | None, whole: int | None, show: Callable[[int], str]) -> 
 
 def _amount(value: int) -> str:
     """Three significant digits with a decimal prefix: 78042 is `78.0 k`."""
-    for prefix, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+    for prefix, size in (("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)):
         if value >= 0.9995 * size:
             scaled = value / size
             return f"{scaled:.{3 - len(str(int(scaled)))}f} {prefix}"

@@ -55,6 +55,18 @@ def shares_left(plans: Sequence[Any]) -> dict[str, float]:
     return {name: share_left(plans, name) for name in (*plans[-1].after, *(("latency",) if timed else ()))}
 
 
+def overall_target(plans: Sequence[Any]) -> tuple[float, str]:
+    """
+    Fraction of the first model that plans, applied in order, were to keep in the end, and its metric.
+
+    Where the last one aims at a latency and an earlier one has none, it is what they keep of the multiply-accumulates.
+    """
+    *earlier, last = plans
+    if last.target_metric == "latency" and any("latency" not in plan.achieved for plan in earlier):
+        return share_left(plans, "macs"), "macs"
+    return last.target * share_left(earlier, last.target_metric), last.target_metric
+
+
 def stage_names(rounds: int) -> list[tuple[str, str]]:
     """Names of the stages of each round: that of its pruning, that of the training after it."""
     earlier = [(f"pruned-{number}", f"recovered-{number}") for number in range(1, rounds)]

@@ -54,10 +54,12 @@ def main() -> None:
     if arguments.dense:
         check_place(arguments.dense, "--dense")
     model = PrunedForImageClassification.from_pretrained(arguments.model, revision=arguments.revision)
-    models = {}
+    if model.dtype != torch.float32:
+        print(f"The weights are {str(model.dtype).removeprefix('torch.')}; they are exported and measured in float32.")
+    model, models = model.float(), {}
     parent = arguments.dense or dense_stage(arguments.model, model.config.pruning)
     if parent:
-        models["dense"] = PrunedForImageClassification.from_pretrained(parent)
+        models["dense"] = PrunedForImageClassification.from_pretrained(parent).float()
         check_comparable(model, models["dense"], parent)
     models["pruned" if model.config.pruning else "model"] = model
 

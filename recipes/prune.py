@@ -50,12 +50,12 @@ from hf_mrpf.efficiency import count_macs, count_parameters, device_name, file_s
 from hf_mrpf.evaluation import evaluate_robustness
 from hf_mrpf.figures import plot_sensitivity
 from hf_mrpf.fingerprint import weights_sha256
-from hf_mrpf.hub import SETTINGS, shown_plan, write_plans
+from hf_mrpf.hub import SETTINGS, plan_summary, shown_plan, write_plans
 from hf_mrpf.interruption import repeatable_command, resumable
 from hf_mrpf.launch import check_world_size
 from hf_mrpf.logs import end_of_run
 from hf_mrpf.measured_allocation import MEASURED
-from hf_mrpf.model_card import CardInfo, PlanSummary, render_card
+from hf_mrpf.model_card import CardInfo, render_card
 from hf_mrpf.named_attacks import QUICK
 from hf_mrpf.objectives import dense_objective
 from hf_mrpf.progress import shows_progress
@@ -377,7 +377,7 @@ def card_info(model, plans, reports, rows, stages, data: ImageData, args: MRPFCo
         dataset_on_hub="/" in data.name,
         rows=rows,
         control=ResultRow.from_report("the same network, ordinary training", control) if control else None,
-        plan=PlanSummary.from_plan(shown_plan(plans), rounds=len(plans)),
+        plan=plan_summary(plans),
         pruning_steps=stages["pruned"]["steps"],
         selection={key: stages["fine-tuned"][key] for key in ("best", "last") if key in stages["fine-tuned"]},
         training=settings,

@@ -101,6 +101,11 @@ def test_one_calibration_set_is_refused():
         widths_found(lambda widths: 2.0, sets(1))
 
 
+def test_a_single_image_tells_no_spread_and_is_refused():
+    with pytest.raises(ValueError, match="hold fewer than two: give larger ones in batches"):
+        widths_found(lambda widths: 2.0, [(images[:1], labels[:1]) for images, labels in sets(2)])
+
+
 def test_the_factor_of_logits_is_the_best_of_a_grid():
     torch.manual_seed(0)
     logits, labels = 3 * torch.randn(200, 5, dtype=torch.float64), torch.randint(0, 5, (200,))

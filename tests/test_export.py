@@ -223,6 +223,19 @@ def small(exported):
     return exported("tiny")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_files_take_single_precision_whatever_dtype_is_the_default(small, tmp_path, set_default_dtype, dtype):
+    model, images = copy.deepcopy(small.model), images_for(small.model, 2)
+    model.config.return_dict = False
+    expected = logits(small.model, images)
+    set_default_dtype(dtype)
+    seen = []
+    for file in export_model(model, tmp_path):
+        torch.testing.assert_close(load_exported(file.path)(images), expected, rtol=0, atol=1e-4)
+    measure_latency({"any": lambda images: seen.append(images.dtype)}, 8, rounds=1)
+    assert set(seen) == {torch.float32}
+
+
 def shifted(model, folder, amount):
     """File of the same network whose first logit is `amount` too high."""
     other = copy.deepcopy(model)

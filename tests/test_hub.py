@@ -204,6 +204,10 @@ def test_a_bare_push_keeps_a_card_without_figures_and_drops_figures_of_other_wei
     files = hub.files("alice/worded")
     assert set(files) == FILES | {"notes.txt"}
     assert b"model-index" not in files["README.md"]
+    pruned = b"---\nlicense: mit\n---\n# old\n\n## How it was pruned\n\nTo half of it.\n"
+    hub.put("alice/worded", {"README.md": pruned} | {name: b"" for name in RECORD if name != "README.md"})
+    client.run(BUILD + "model.push_to_hub('alice/worded')", token=ALICE)
+    assert set(hub.files("alice/worded")) == FILES and b"To half" not in hub.files("alice/worded")["README.md"]
 
 
 def test_push_sends_the_result_and_nothing_else_of_a_run_folder(client, hub, saved, published):

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 import hf_mrpf.latency
-from hf_mrpf import MRPFConfig, MRPFTrainer, PrunedForImageClassification, load_image_data, prune
+from hf_mrpf import MRPFConfig, MRPFTrainer, PrunedForImageClassification, load_image_data, prune, pruning_units
 from hf_mrpf.cli import GroupedParser
 from hf_mrpf.efficiency import count_macs, latency_rounds
 from hf_mrpf.fingerprint import weights_sha256
@@ -222,9 +222,18 @@ def test_a_latency_that_jumps_over_the_target_is_reported(device):
     whole = count_macs(narrow_resnet(), EXAMPLE)
     device(lambda model: 8.0 if count_macs(model, EXAMPLE) > 0.6 * whole else 2.0, noise=0.0)
     with pytest.raises(
-        ValueError, match=r"nearest plan takes 0\.250 of the dense model's time .* of its MACs, at batch"
+        ValueError,
+        match=r"nearest plan takes 0\.250 of the dense model's time .* of its MACs, at batch .* Give target 0.25",
     ):
         plan_pruning(narrow_resnet(), EXAMPLE, target=0.4, target_metric="latency", allocation="uniform")
+
+
+def test_a_latency_of_nothing_removed_is_refused_before_it_is_timed(device):
+    clock, model = device(lambda model: 4.0, noise=0.0), narrow_resnet()
+    every = [unit.name for unit in pruning_units(model, EXAMPLE)]
+    with pytest.raises(ValueError, match="target 0.95 of the latency cannot be met: no unit is left"):
+        plan_pruning(model, EXAMPLE, target=0.95, target_metric="latency", allocation="uniform", ignore=every)
+    assert not clock.calls
 
 
 @pytest.mark.parametrize(("blocks", "chosen"), [(1, 1), (4, 4), (8, 8)])
@@ -337,6 +346,18 @@ def test_latencies_of_rounds_multiply(device, tmp_path):
         assert plan.achieved["latency"] == product and plan.latency is None
         assert plan.target == pytest.approx(0.75 * first.achieved["latency"])
         assert plan.achieved["macs"] == second.after["macs"] / first.before["macs"]
+
+
+def test_rounds_of_which_one_was_not_timed_aim_at_what_they_keep(device, tmp_path):
+    device(by_macs(overhead=0.5), noise=0.0)
+    model = narrow_resnet()
+    first = plan_pruning(model, EXAMPLE, target=0.8, allocation="uniform")
+    prune(model, first)
+    second = plan_pruning(model, EXAMPLE, target=0.75, target_metric="latency", allocation="uniform")
+    write_plans([first, second], tmp_path / "pruning_plan.json")
+    for plan in (PruningPlan.load(tmp_path / "pruning_plan.json"), shown_plan([first, second])):
+        kept = second.after["macs"] / first.before["macs"]
+        assert (plan.target_metric, plan.target) == ("macs", kept) and plan.achieved.keys() == {"macs", "params"}
 
 
 QUICK = {

@@ -270,11 +270,32 @@ def test_rows_measured_differently_share_no_table(info):
 
 @pytest.mark.parametrize(
     ("parameters", "shown"),
-    [(7, "7"), (999, "999"), (1000, "1.00 k"), (78_042, "78.0 k"), (999_960, "1.00 M"), (11_173_962, "11.2 M")],
+    [
+        (7, "7"),
+        (999, "999"),
+        (1000, "1.00 k"),
+        (78_042, "78.0 k"),
+        (999_960, "1.00 M"),
+        (11_173_962, "11.2 M"),
+        (1_553 * 10**9, "1.55 T"),
+    ],
 )
 def test_amounts_have_three_digits(info, parameters, shown):
     line = results_table([replace(info.rows[0], parameters=parameters)]).splitlines()[2]
     assert re.search(rf"  {re.escape(shown)}\s+6\.20 M", line)
+
+
+def test_times_that_only_a_later_row_has_are_shown(info):
+    first, second, *_ = info.rows
+    text = results_table([replace(first, latency={}), replace(second, latency={"1": 1.25})])
+    assert "ms, batch 1" in text and "1.25" in text
+
+
+def test_a_card_of_a_training_without_a_report_does_not_say_that_nothing_was_measured():
+    bare = CardInfo("own", "timm/resnet18")
+    sentence = "No measurement came with these weights"
+    assert sentence in render_card(bare).text
+    assert sentence not in render_card(replace(bare, selection={"best": {"accuracy": 0.9}})).text
 
 
 def test_a_name_with_a_pipe_or_a_line_break_stays_one_cell():

@@ -115,6 +115,16 @@ def test_the_card_of_the_example_scripts_is_that_of_a_push(tmp_path, data, monke
     assert "10 images" in (folder / "README.md").read_text()
 
 
+def test_of_several_validation_splits_the_first_is_on_the_card(tmp_path, data):
+    ten, five = (data.validation.select(range(count)) for count in (10, 5))
+    options = STANDARD | {"hub_model_id": "alice/digits"}
+    trainer = MRPFTrainer(model(), quick(tmp_path, **options), data.train, {"ten": ten, "five": five})
+    trainer.train()
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "n = 10 images" in card and "No measurement came" not in card
+
+
 def test_the_card_of_another_model_is_that_of_transformers(tmp_path, data):
     shape = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
     network = ResNetForImageClassification(ResNetConfig(num_labels=10, **shape))

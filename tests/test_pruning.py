@@ -318,6 +318,13 @@ def test_weights_that_are_not_finite_are_refused():
         plan_pruning(model, torch.rand(1, 3, 8, 8), allocation="uniform")
 
 
+def test_scores_are_not_measured_for_an_importance_that_cannot_be():
+    measured = []
+    with pytest.raises(ValueError, match="importance 'taylor' needs batches and attack"):
+        plan_pruning(ConcatFlatten(), torch.rand(1, 3, 8, 8), scores=lambda: measured.append(1), importance="taylor")
+    assert not measured
+
+
 @pytest.fixture(scope="module")
 def plan_values():
     return plan_pruning(ConcatFlatten(), torch.rand(1, 3, 8, 8), allocation="uniform").to_dict()

@@ -282,6 +282,15 @@ def test_compress_does_it_all_and_reports_every_step(trained):
     assert report.repair.errors
 
 
+def test_compress_gives_what_its_steps_give(trained):
+    dense, batches = trained
+    model, by_hand = copy.deepcopy(dense), copy.deepcopy(dense)
+    plan, _ = compress(model, batches, 0.5, attack=ATTACK, seed=3, allocation="uniform")
+    repair(prune(by_hand, plan), dense, plan, batches, ATTACK, seed=3)
+    recalibrate_batchnorm(by_hand, batches)
+    torch.testing.assert_close(model.state_dict(), by_hand.state_dict())
+
+
 def test_compress_names_what_is_no_calibration_set():
     model, images, labels = narrow_resnet(), torch.rand(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64)
     for batches, message in [

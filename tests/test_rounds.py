@@ -8,7 +8,7 @@ import runpy
 import shutil
 import sys
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -31,8 +31,8 @@ from hf_mrpf import (
 from hf_mrpf.attacks import logits_of
 from hf_mrpf.cli import RoundArguments
 from hf_mrpf.fingerprint import weights_sha256
-from hf_mrpf.hub import write_plans
-from hf_mrpf.model_card import PlanSummary
+from hf_mrpf.hub import plan_summary, write_plans
+from hf_mrpf.model_card import CardInfo, PlanSummary, render_card
 from hf_mrpf.rounds import compose_kept, fraction_after, round_cells, round_rows, round_target, stage_names
 
 SIZE = 32
@@ -201,7 +201,7 @@ def test_a_file_of_rounds_is_hostile_until_it_is_checked(two_rounds, changes, me
         PruningPlan.from_dict(content, source="file")
 
 
-def test_the_card_tells_the_rounds_and_what_they_left_in_all():
+def test_the_card_tells_the_rounds_and_what_they_left_in_all(monkeypatch):
     first, second = plans = one_after_another(narrow_resnet(), (0.8, 0.8))
     summary = PlanSummary.from_plan(PruningPlan.of_rounds(plans), rounds=2)
     assert summary.achieved["macs"] == second.after["macs"] / first.before["macs"]
@@ -212,6 +212,14 @@ def test_the_card_tells_the_rounds_and_what_they_left_in_all():
     assert heading == ["round", "MACs", "parameters", "pruned: clean", "pruned: robust"]
     assert one[0] == "1" and one[3:] == ["50.0 %", "25.0 %"] and two[3:] == ["40.0 %", ""]
     assert two[1] == f"{second.after['macs']:,} ({100 * second.after['macs'] / first.before['macs']:.1f} %)"
+    info = CardInfo("own", "timm/resnet18", plan=plan_summary(plans), rounds=round_rows(plans, figures))
+    card, without = (render_card(each).text for each in (info, replace(info, rounds=round_rows(plans))))
+    shares = "Each round, with shares of the model that the first one began with"
+    assert f"{shares} and accuracies on the validation split:" in card and f"{shares}:" in without
+    assert "below are those of the first round, what was removed is of all" in card
+    monkeypatch.setattr("hf_mrpf.hub.whole_plan", lambda plans: None)
+    card = render_card(replace(info, plan=plan_summary(plans))).text
+    assert "below are those of the last round, and what it removed" in card
 
 
 # ---- By hand, with a trainer --------------------------------------------------------------------------------------
