@@ -10,6 +10,7 @@ from torch import nn
 
 from hf_mrpf import AttackConfig, plan_pruning
 from hf_mrpf.damage import calibrated_losses, damage, inverse_temperature, shrunk
+from hf_mrpf.pruned_copies import robust_loss
 
 NO_ATTACK = AttackConfig(eps=0)
 OPTIONS = {"much": list(range(4, 41)), "little": list(range(4, 41))}
@@ -88,12 +89,23 @@ def test_the_last_set_is_not_measured_on_but_decides_alone(monkeypatch):
     seen, batches = [], sets()
 
     def spy(model, measured_on, attack, seed):
+        assert (attack.num_steps, attack.step_size) == (3, None)
         seen.append([next(number for number, pair in enumerate(batches) if pair is one) for one in measured_on])
         return calibrated_losses(model, measured_on, attack, seed)
 
     monkeypatch.setattr("hf_mrpf.damage.calibrated_losses", spy)
     widths_found(lambda widths: 0.5 + math.log(widths["much"]), batches)
     assert {tuple(numbers) for numbers in seen} == {(0, 1), (2,)}
+
+
+@pytest.mark.parametrize("loss", [calibrated_losses, robust_loss])
+def test_losses_are_those_of_eval_mode(loss):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Dropout(0.5), nn.Linear(12, 2))
+    expected = loss(model.eval(), sets(1), AttackConfig(eps=0.1, num_steps=2), seed=0)
+    found = loss(model.train(), sets(1), AttackConfig(eps=0.1, num_steps=2), seed=0)
+    assert model.training and model[1].num_batches_tracked == 0
+    torch.testing.assert_close(found, expected)
 
 
 def test_one_calibration_set_is_refused():
