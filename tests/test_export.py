@@ -418,6 +418,13 @@ def test_the_recipe_measures_a_model_alone_and_says_so(run_folder, tmp_path, mon
     assert json.loads((tmp_path / "here/latency.json").read_text())["dense"] is None
 
 
+def test_the_recipe_exports_weights_of_half_precision_in_single(small, tmp_path, monkeypatch, capsys):
+    copy.deepcopy(small.model).bfloat16().save_pretrained(tmp_path / "half")
+    export(monkeypatch, tmp_path / "half", "--formats", "pt2", "--rounds", 1, "--batch_sizes", 2)
+    assert "The weights are bfloat16; they are exported and measured in float32." in capsys.readouterr().out
+    assert load_exported(tmp_path / "half/export/model.pt2")(images_for(small.model, 2)).dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
