@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from hf_mrpf import AttackConfig, PrunedForImageClassification
 from hf_mrpf.attacks import DTYPES, logits_of
+from hf_mrpf.efficiency import has_bfloat16
 from hf_mrpf.objectives import trades
 
 EPS, STEP, STEPS, BETA = 8 / 255, 2 / 255, 10, 6.0
@@ -145,7 +146,7 @@ def main() -> None:
     # Both sides in full single precision.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     # A processor without instructions for bfloat16 computes it many times slower: there is nothing to gain or to time.
-    half = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    half = device.type == "cuda" or has_bfloat16()
     sizes = args.batch_sizes or ((128, 32) if device.type == "cpu" else (512, 512))
     rows: list[dict[str, Any]] = []
     for name, size in zip(("narrow", "resnet18"), sizes, strict=True):

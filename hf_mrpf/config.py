@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import TrainingArguments
 
 from .attacks import DTYPES, AttackConfig
+from .efficiency import has_bfloat16
 from .importance import IMPORTANCES
 from .latency import TARGET_METRICS
 from .measured_allocation import MEASURED, check_measurable, known_allocations
@@ -259,10 +259,10 @@ class MRPFConfig(TrainingArguments):
         if self.device.type in ("cpu", "mps"):
             self.dataloader_pin_memory = False  # torch warns at every loader otherwise
         in_half = self.device.type == "cpu" and self.attack_dtype == "bfloat16"
-        if in_half and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if in_half and not has_bfloat16():
             LOGGER.warning(
-                "--attack_dtype bfloat16: this processor has no instructions for it and will be many times slower "
-                "than in float32; leave the option out."
+                "--attack_dtype bfloat16: this processor has no instructions for it and will be slower than in "
+                "float32; leave the option out."
             )
 
     def _check_values(self) -> None:

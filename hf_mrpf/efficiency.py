@@ -172,6 +172,13 @@ def device_name(device: torch.device) -> str:
     return f"{processor_name()}, {torch.get_num_threads()} of its threads"
 
 
+def has_bfloat16() -> bool:
+    """Whether the processor has instructions for bfloat16; with AVX-512 alone oneDNN imitates them, and is slower."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def _seconds(model: Callable[[Tensor], object], images: Tensor) -> float:
     _wait_for(images)
     start = time.perf_counter()

@@ -25,6 +25,7 @@ from hf_mrpf import (
 )
 from hf_mrpf.attacks import keyed_start
 from hf_mrpf.data import batches
+from hf_mrpf.efficiency import has_bfloat16
 
 NARROW = {"layers": (1, 1, 1, 1), "channels": (16, 24, 32, 32), "stem_type": "deep", "stem_width": 8}
 QUICK = {
@@ -617,12 +618,32 @@ def test_bf16_trains_in_it_and_measures_and_prunes_in_float32(tmp_path, data, mo
 
 
 def test_the_dtype_of_the_training_attack_is_a_setting_and_slow_where_it_has_no_instructions(tmp_path, caplog):
-    with patch("torch.ops.mkldnn._is_mkldnn_bf16_supported", return_value=False), caplog.at_level("WARNING", "hf_mrpf"):
+    with patch("hf_mrpf.config.has_bfloat16", return_value=False), caplog.at_level("WARNING", "hf_mrpf"):
         args = MRPFConfig(output_dir=str(tmp_path), use_cpu=True, attack_dtype="bfloat16")
     assert "no instructions for it" in caplog.text
     assert (args.attack.dtype, args.eval_attack.dtype) == ("bfloat16", "float32")
     with pytest.raises(ValueError, match="dtype is 'half'; an attack computes in one of float32, bfloat16"):
         MRPFConfig(output_dir=str(tmp_path), use_cpu=True, attack_dtype="half")
+
+
+@pytest.mark.parametrize(
+    "machine, avx512, tiles, imitated, expected",
+    [
+        ("x86_64", False, False, True, False),  # oneDNN says yes where it imitates them
+        ("AMD64", True, False, True, True),
+        ("x86_64", False, True, True, True),
+        ("aarch64", False, False, True, True),
+        ("aarch64", False, False, False, False),
+    ],
+)
+def test_instructions_for_bfloat16_are_those_of_the_processor(machine, avx512, tiles, imitated, expected):
+    with (
+        patch("platform.machine", return_value=machine),
+        patch("torch.cpu._is_avx512_bf16_supported", return_value=avx512),
+        patch("torch.cpu._is_amx_tile_supported", return_value=tiles),
+        patch("torch.ops.mkldnn._is_mkldnn_bf16_supported", return_value=imitated),
+    ):
+        assert has_bfloat16() is expected
 
 
 @pytest.mark.parametrize("kind, pins", [("cpu", False), ("mps", False), ("cuda", True)])
