@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,14 @@ def test_the_tables_of_the_readme_are_those_of_the_cards(mark, folder):
     if info.control:
         clean, attacked = (f"{100 * info.control.accuracies[name]:.1f} %" for name in ("clean", "pgd20"))
         assert f"{clean} clean, {attacked} under PGD-20" in block
+
+
+def test_the_times_of_the_exports_are_those_that_were_measured():
+    content = json.loads((FOLDER / "cifar10-mobilevit" / "latency.json").read_text())
+    recipe = runpy.run_path(str(FOLDER.parent / "recipes/export.py"))
+    readme = (FOLDER.parent / "README.md").read_text()
+    assert recipe["latency_table"](content["milliseconds"]) in readme
+    assert recipe["measured"](content) in " ".join(readme.split())
 
 
 def test_the_control_from_scratch_is_told_as_it_was_measured():
