@@ -25,8 +25,8 @@ from .rounds import overall_target, round_rows, shares_left
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 NEEDED = ("config.json", "preprocessor_config.json", "modeling.py")
-# What a card says of the weights that it came with, measured or not: of others it would be wrong.
-TOLD = ("\n## How it was pruned\n", "\n## How it was trained\n", "\n## How it was fine-tuned\n")
+# Begins what a card says of the weights that it came with, measured or not: of others it would be wrong.
+TOLD = "\n## How it was "
 RECORD = ("pruning_plan.json", "robustness_report.json", "mrs.png", "README.md")
 # fmt: off
 # Of a training that is on a card, besides how long it was.
@@ -168,7 +168,8 @@ def push_model(
     """
     Sends a model to the Hub in one commit: weights, configs, the modeling file and a short card without figures.
 
-    A card that is there already is kept, unless it holds figures: they are of other weights.
+    A card that is there already is kept, unless it holds figures or says how a model was pruned or trained: it is of
+    other weights then.
 
     Args:
         model ([`PrunedForImageClassification`]):
@@ -348,8 +349,7 @@ def _card_there(repo_id: str, revision: str | None, token: str | None) -> ModelC
         if not api.file_exists(repo_id, "README.md", revision=revision):
             return None
         card = ModelCard(Path(api.hf_hub_download(repo_id, "README.md", revision=revision)).read_text("utf-8"))
-    told = getattr(card.data, "eval_results", None) or any(heading in card.text for heading in TOLD)
-    return None if told else card
+    return None if getattr(card.data, "eval_results", None) or TOLD in card.text else card
 
 
 def _commit(

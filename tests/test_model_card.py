@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from hf_mrpf import AttackConfig, PrunedForImageClassification, plan_pruning, prune
-from hf_mrpf.hub import of_dense, short_card
+from hf_mrpf.hub import TOLD, of_dense, short_card
 from hf_mrpf.model_card import CardInfo, PlanSummary, ResultRow, render_card, results_table
 from hf_mrpf.named_attacks import ATTACKS, settings_of
 from hf_mrpf.report import RobustnessReport, wilson_interval
@@ -296,6 +296,8 @@ def test_a_card_of_a_training_without_a_report_does_not_say_that_nothing_was_mea
     sentence = "No measurement came with these weights"
     assert sentence in render_card(bare).text
     assert sentence not in render_card(replace(bare, selection={"best": {"accuracy": 0.9}})).text
+    # By which a bare push tells a card that other weights came with.
+    assert TOLD not in render_card(bare).text and TOLD in render_card(replace(bare, training={"eps": "0.1"})).text
 
 
 def test_a_name_with_a_pipe_or_a_line_break_stays_one_cell():
